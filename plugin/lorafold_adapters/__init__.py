@@ -1,0 +1,6 @@
+"""LoRA adapters on a transformers model: folded into the weights with an exact undo, or beside them, row by row."""
+
+from lorafold_adapters.checkpoint import Checkpoint, read_checkpoint
+from lorafold_adapters.manager import AdapterManager, FoldState
+
+__all__ = ["AdapterManager", "Checkpoint", "FoldState", "read_checkpoint"]

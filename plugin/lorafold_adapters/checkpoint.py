@@ -1,0 +1,147 @@
+"""Reads a PEFT adapter folder into memory, safely, or says why it cannot be served.
+
+Reads safetensors only (a pickle can run code), checks every option and every number, and computes the content digest.
+Knows nothing about a base model: whether the adapter fits one is `binding.py`'s job.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor
+
+from lorafold_adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+TENSOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Initialisations that leave the base weights as they are; the others rewrite them (PEFT, LoraConfig docstring).
+BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+UNSERVED_OPTIONS = {
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) switches on in mid-prompt",
+    "arrow_config": "Arrow routes each token among several adapters",
+    "kasa_config": "KaSA rewrites the base weights",
+    "layer_replication": "layer_replication changes the number of layers of the base",
+    "monteclora_config": "MonteCLoRA draws its weights at random",
+    "target_parameters": "target_parameters changes tensors that are not layers of their own",
+    "trainable_token_indices": "trainable_token_indices replaces single rows of the embedding",
+    "use_bdlora": "BD-LoRA uses block-diagonal factors",
+    "use_qalora": "QA-LoRA pools its input",
+    "velora_config": "VeLoRA changes the forward pass",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """One adapter as it lies on disk."""
+
+    path: Path
+    """The folder it was read from."""
+    options: Mapping[str, Any]
+    """The contents of `adapter_config.json`."""
+    tensors: Mapping[str, Tensor]
+    """Every tensor by its name in the file, on the CPU, in the file's dtype."""
+    digest: str
+    """SHA-256 of options and tensors, hexadecimal: the adapter's identity."""
+
+    @property
+    def kind(self) -> str:
+        """For people: `LORA`, with the variants it uses, e.g. `LORA+rslora+dora`."""
+        variants = {"use_rslora": "rslora", "use_dora": "dora", "lora_bias": "bias", "modules_to_save": "modules"}
+        patterns = ["patterns"] if self.options.get("rank_pattern") or self.options.get("alpha_pattern") else []
+        return "+".join(["LORA", *(name for key, name in variants.items() if self.options.get(key)), *patterns])
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads and checks the adapter folder `path`.
+
+    Raises AdapterNotFound, AdapterCorrupt or AdapterUnsupported, each with the file or option and the remedy.
+    """
+    folder = Path(path)
+    options = read_options(folder)
+    refuse_unserved(options)
+    tensors = read_tensors(folder)
+    return Checkpoint(path=folder, options=options, tensors=tensors, digest=content_digest(options, tensors))
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration. Raises AdapterNotFound or AdapterCorrupt."""
+    if not folder.is_dir():
+        raise AdapterNotFound(f"there is no adapter folder '{folder}': check the path as the server sees it")
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterNotFound(f"'{folder}' has no {CONFIG_FILE}: point at a folder that PEFT's save_pretrained wrote")
+    try:
+        options = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise AdapterCorrupt(f"{file} is not valid JSON ({error}): copy the adapter again") from error
+    if not isinstance(options, dict):
+        raise AdapterCorrupt(f"{file} holds no JSON object: copy the adapter again")
+    return options
+
+
+def refuse_unserved(options: Mapping[str, Any]) -> None:
+    """Raises AdapterUnsupported for a kind or an option that would be served wrongly."""
+    kind = options.get("peft_type")
+    if kind != "LORA":
+        raise AdapterUnsupported(f"peft_type is {kind!r}: only LORA adapters are served; retrain it as LoRA")
+    known = {field.name for field in dataclasses.fields(LoraConfig)} | {"peft_version"}
+    if unknown := sorted(key for key, value in options.items() if key not in known and value):
+        raise AdapterUnsupported(
+            f"{CONFIG_FILE} sets {', '.join(map(repr, unknown))}, which the installed PEFT does not know: "
+            "upgrade peft on the server, or retrain without it"
+        )
+    for option, reason in UNSERVED_OPTIONS.items():
+        if options.get(option):
+            raise AdapterUnsupported(f"{CONFIG_FILE} sets {option}: {reason}, which is not served; retrain without it")
+    init = options.get("init_lora_weights", True)
+    if init not in BASE_KEEPING_INITS:
+        raise AdapterUnsupported(
+            f"init_lora_weights is {init!r}, which trains against a rewritten base: convert the adapter with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the adapter. Raises AdapterNotFound, AdapterUnsupported (pickled) or AdapterCorrupt."""
+    file = folder / TENSORS_FILE
+    if not file.is_file():
+        if (folder / PICKLE_FILE).is_file():
+            raise AdapterUnsupported(
+                f"'{folder}' has its tensors in {PICKLE_FILE}, a pickle, which can run code when read: "
+                "save it again with safe_serialization=True"
+            )
+        raise AdapterNotFound(f"'{folder}' has no {TENSORS_FILE}: copy the adapter again")
+    try:
+        tensors = parse_safetensors(file.read_bytes())
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterCorrupt(f"{file} is truncated or damaged ({error}): copy the adapter again") from error
+    if not tensors:
+        raise AdapterCorrupt(f"{file} holds no tensors: save the adapter again")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TENSOR_DTYPES:
+            raise AdapterCorrupt(f"tensor '{name}' in {file} is {tensor.dtype}: save it as float32, float16 or bfloat16")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterCorrupt(f"tensor '{name}' in {file} has NaN or infinite values: the training run diverged")
+    return tensors
+
+
+def content_digest(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, hexadecimal, over options and tensors, whatever their order in the files."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""Everything that can go wrong with adapters and weights, as one tree.
+
+LorafoldError
+├── AdapterError                the adapter cannot be used; the message says why and what to do
+│   ├── AdapterNotFound         no such folder, or a file in it is missing
+│   ├── AdapterCorrupt          a file cannot be read, or its contents contradict each other
+│   ├── AdapterUnsupported      well-formed, but of a kind or with an option that is not served
+│   └── BaseMismatch            made for another base: names or shapes do not fit
+├── AdapterNotLoaded            the name or digest is unknown to this manager
+├── AdapterInUse                it is folded or routed now and cannot be dropped
+├── FoldFailed                  folding failed; the base was given back bit for bit
+└── BaseCorrupt                 the base could not be given back, or no longer equals what was loaded
+
+Knows no gRPC: the server maps these classes to status codes in one table.
+"""
+
+
+class LorafoldError(Exception):
+    """Root of everything this project raises on purpose."""
+
+
+class AdapterError(LorafoldError):
+    """The adapter cannot be used."""
+
+
+class AdapterNotFound(AdapterError):
+    """No such adapter folder, or a file that every adapter has is missing from it."""
+
+
+class AdapterCorrupt(AdapterError):
+    """A file of the adapter cannot be read, or its contents contradict each other."""
+
+
+class AdapterUnsupported(AdapterError):
+    """The adapter is well-formed, but of a kind or with an option that is not served."""
+
+
+class BaseMismatch(AdapterError):
+    """The adapter was made for another base."""
+
+
+class AdapterNotLoaded(LorafoldError):
+    """The name or digest is unknown to this manager."""
+
+
+class AdapterInUse(LorafoldError):
+    """The adapter is folded or routed now and cannot be dropped."""
+
+
+class FoldFailed(LorafoldError):
+    """Folding failed part-way; the base was given back bit for bit."""
+
+
+class BaseCorrupt(LorafoldError):
+    """The base could not be given back, or no longer equals what was loaded."""

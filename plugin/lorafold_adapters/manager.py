@@ -1,0 +1,180 @@
+"""The one object a server holds: it loads adapters onto a base, folds them in and out, and routes rows.
+
+The only object that changes weights. Not thread-safe: one thread owns the model, and calls nothing here while a
+forward pass runs, except from inside `routed`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorafold_adapters.binding import BoundAdapter, bind
+from lorafold_adapters.checkpoint import Checkpoint, read_checkpoint
+from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported
+from lorafold_adapters.fold import Weights
+from lorafold_adapters.identity import Fingerprint, fingerprint
+from lorafold_adapters.two_path import SITE, AdapterPath, Routing, RoutingCell, Spans, install, path_of, uninstall
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoldState:
+    """What is in the weights now."""
+
+    folded: str | None
+    """Name of the folded adapter; None: the weights are the base's."""
+    generation: int
+    """Grows whenever weights change."""
+
+
+class AdapterManager:
+    """Adapters on one transformers model, folded (`merge_adapter`) or two-path (`routed`).
+
+    >>> manager = AdapterManager(model)
+    >>> manager.load("sql", "adapters/sql")
+    >>> manager.merge_adapter("sql")  # model(...) now is the base plus sql, at the base's cost
+    >>> manager.unmerge_adapter()  # the base again, bit for bit
+    >>> with manager.routed(["sql", None]):  # two rows of one batch: sql, and the base
+    ...     model(input_ids)
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._head = model.get_output_embeddings()
+        self._weights = Weights(model)
+        self._cell = RoutingCell()
+        self._adapters: dict[str, BoundAdapter] = {}
+        self._folded: str | None = None
+        self._generation = 0
+        self._fingerprint = fingerprint(model)
+
+    @property
+    def base(self) -> Fingerprint:
+        """Content of the base as it was when the manager was made."""
+        return self._fingerprint
+
+    @property
+    def fold_state(self) -> FoldState:
+        """Which adapter is in the weights now."""
+        return FoldState(folded=self._folded, generation=self._generation)
+
+    @property
+    def adapters(self) -> dict[str, BoundAdapter]:
+        """The loaded adapters by name; a copy."""
+        return dict(self._adapters)
+
+    def bind(self, adapter: str | Path | Checkpoint) -> BoundAdapter:
+        """Reads and checks an adapter against this base, without changing anything. Any thread may call it.
+
+        Raises a subclass of AdapterError that says what is wrong and what to do.
+        """
+        checkpoint = adapter if isinstance(adapter, Checkpoint) else read_checkpoint(adapter)
+        return bind(checkpoint, self._model)
+
+    def load(self, name: str, adapter: str | Path | Checkpoint | BoundAdapter) -> BoundAdapter:
+        """Makes `adapter` known as `name`, replacing one of that name that is not folded.
+
+        Raises a subclass of AdapterError, or AdapterInUse.
+        """
+        bound = adapter if isinstance(adapter, BoundAdapter) else self.bind(adapter)
+        paths = {module: self._path(bound, module) for module in bound.updates}
+        if name in self._adapters:
+            self.drop(name)
+        for module_name, path in paths.items():
+            module = self._modules[module_name]
+            install(module, self._cell, is_head=module is self._head).paths[name] = path
+        self._adapters[name] = bound
+        return bound
+
+    def drop(self, name: str) -> None:
+        """Forgets an adapter and frees its memory. Raises AdapterNotLoaded or AdapterInUse."""
+        bound = self._known(name)
+        if name == self._folded or self._cell.current is not None:
+            raise AdapterInUse(f"adapter '{name}' is in use: call unmerge_adapter() and leave routed() first")
+        del self._adapters[name]
+        for module_name in bound.updates:
+            module = self._modules[module_name]
+            paths = module.__dict__[SITE].paths
+            del paths[name]
+            if not paths:
+                uninstall(module)
+
+    def merge_adapter(self, name: str) -> int:
+        """Folds adapter `name` into the weights, in place of the one that is folded now; returns the bytes written.
+
+        Raises AdapterNotLoaded, AdapterUnsupported if this adapter cannot be folded, FoldFailed (the base was given
+        back bit for bit) or BaseCorrupt (it could not be).
+        """
+        bound = self._known(name)
+        self._refuse_while_routed()
+        if bound.fold_refusal is not None:
+            raise AdapterUnsupported(f"adapter '{name}' cannot be folded: {bound.fold_refusal}; serve it unmerged")
+        if name == self._folded:
+            return 0
+        self._folded, self._generation = None, self._generation + 1
+        written = self._weights.fold(bound)
+        self._folded = name
+        return written
+
+    def unmerge_adapter(self) -> bool:
+        """Gives the base back bit for bit; False if nothing was folded. Raises BaseCorrupt if it cannot."""
+        self._refuse_while_routed()
+        if not self._weights.changed:
+            return False
+        self._generation += 1
+        self._weights.restore()
+        self._folded = None
+        return True
+
+    def verify_base(self) -> list[str]:
+        """Names of the tensors that are not what was loaded; none if all is well. Reads every weight.
+
+        Only while nothing is folded: raises AdapterInUse otherwise.
+        """
+        if self._weights.changed:
+            raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() first")
+        return self._fingerprint.mismatches(self._model)
+
+    @contextmanager
+    def routed(self, body: Sequence[str | None], head: Sequence[str | None] | None = None) -> Iterator[None]:
+        """Inside, `model(...)` runs row i of the batch with adapter `body[i]`, or with the base where that is None.
+
+        Where rows are packed into one, `body` has an entry per token, and `head` one per position that reaches the
+        output embedding. Raises AdapterNotLoaded, or AdapterInUse while an adapter is folded.
+        """
+        self._refuse_while_routed()
+        if self._weights.changed:
+            raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() before routing rows")
+        for name in {*body, *(head or ())} - {None}:
+            self._known(str(name))
+        spans = Spans.of(body)
+        self._cell.current = Routing(body=spans, head=spans if head is None else Spans.of(head))
+        try:
+            yield
+        finally:
+            self._cell.current = None
+
+    def detach(self) -> None:
+        """Gives the base back and leaves the model as if it had never been attached. Raises BaseCorrupt."""
+        self.unmerge_adapter()
+        for name in list(self._adapters):
+            self.drop(name)
+
+    def _path(self, bound: BoundAdapter, module_name: str) -> AdapterPath:
+        module = self._modules[module_name]
+        keys = [key for key, value in module.named_parameters(recurse=False) if value is not None]
+        pristine = {key: self._weights.pristine(f"{module_name}.{key}") for key in keys}
+        return path_of(bound.updates[module_name], module, pristine)
+
+    def _known(self, name: str) -> BoundAdapter:
+        if name not in self._adapters:
+            raise AdapterNotLoaded(f"no adapter '{name}' is loaded: load() it first")
+        return self._adapters[name]
+
+    def _refuse_while_routed(self) -> None:
+        if self._cell.current is not None:
+            raise AdapterInUse("rows are routed now: leave routed() first")

@@ -1,0 +1,217 @@
+"""Wires base, plugin, engine and services into one server; health, reflection, and a graceful stop."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from lorafold.config import Config, local_model_path
+from lorafold.deployments import Deployments
+from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.loop import Engine
+from lorafold.engine.runner import Runner
+from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.weights import WeightsControl
+from lorafold.errors import ConfigError
+from lorafold.metrics import Metrics
+from lorafold.model import LoadedBase, load_base
+from lorafold.services.deployment import DeploymentService
+from lorafold.services.generation import GenerationService
+from lorafold.services.prompts import RequestBuilder
+from lorafold.services.weights import WeightsService
+from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.errors import AdapterError
+from lorafold_adapters.policy import TurnTaking
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+Say = Callable[[str], None]
+SERVICES = (
+    "lorafold.v1.GenerationService",
+    "lorafold.v1.DeploymentService",
+    "lorafold.v1.WeightsService",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a server is made of, before it listens."""
+
+    config: Config
+    base: LoadedBase
+    manager: AdapterManager
+    engine: Engine
+    deployments: Deployments
+    metrics: Metrics
+    died: "asyncio.Future[BaseException | None]"
+    """Done when the engine has ended: None if it was told to, or else what killed it."""
+
+
+class App:
+    """One running server, on the event loop that it was started on."""
+
+    def __init__(self, parts: Parts, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
+        self.parts = parts
+        self.address = ""
+        """Where gRPC listens, with the port that was really taken."""
+        self.metrics_address = ""
+        """Where Prometheus may ask."""
+        self._server = server
+        self._health = health_servicer
+        self._stop_metrics: Callable[[], None] = lambda: None
+        self._watch = asyncio.create_task(self._watch_engine())
+
+    async def listen(self) -> None:
+        """Opens the ports. Raises ConfigError if one cannot be had."""
+        server = self.parts.config.server
+        host = server.address.rpartition(":")[0]
+        try:
+            self.metrics_address, self._stop_metrics = serve_metrics(server.metrics_address, self.parts.metrics)
+            self.address = f"{host}:{self._server.add_insecure_port(server.address)}"
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"cannot listen on {server.address} and {server.metrics_address}: {error}") from error
+        await self._server.start()
+
+    async def wait_for_death(self) -> BaseException | None:
+        """Returns when the engine has ended: None if it was told to, or else what killed it."""
+        return await asyncio.shield(self.parts.died)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Takes no more requests, lets those in flight finish for `grace` seconds, then ends everything."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self.parts.config.server.grace_seconds if grace is None else grace)
+        await asyncio.to_thread(self.parts.engine.stop)
+        await self._watch
+        self._stop_metrics()
+
+    async def _watch_engine(self) -> None:
+        await asyncio.shield(self.parts.died)
+        await self._health.enter_graceful_shutdown()
+
+
+async def start_app(config: Config, say: Say = lambda _: None) -> App:
+    """Loads everything and opens the port when the server can answer; `say` is told what is happening, for people.
+
+    Raises ConfigError, ModelUnsupported or a subclass of AdapterError.
+    """
+    parts = await load_parts(config, say)
+    parts.engine.start()
+    app: App | None = None
+    try:
+        await deploy_all(parts, say)
+        app = App(parts, *make_server(parts))
+        await set_serving(app._health)
+        await app.listen()
+    except BaseException:
+        await (asyncio.to_thread(parts.engine.stop) if app is None else app.stop(0))
+        raise
+    return app
+
+
+async def load_parts(config: Config, say: Say) -> Parts:
+    """Everything but the network. Raises ModelUnsupported."""
+    base = await timed(say, "loaded the base", lambda: load_base(config.base, local_model_path(config)))
+    model = base.model
+    say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
+    manager = await timed(say, "read its fingerprint", lambda: AdapterManager(model))
+    say(f"  base {manager.base.digest[:12]}")
+    metrics = Metrics(CollectorRegistry())
+    loop = asyncio.get_running_loop()
+    died: asyncio.Future[BaseException | None] = loop.create_future()
+    engine = make_engine(base, manager, config, metrics, lambda why: loop.call_soon_threadsafe(died.set_result, why))
+    deployments = Deployments(manager, engine, config.folder)
+    return Parts(
+        config=config,
+        base=base,
+        manager=manager,
+        engine=engine,
+        deployments=deployments,
+        metrics=metrics,
+        died=died,
+    )
+
+
+def make_engine(
+    base: LoadedBase,
+    manager: AdapterManager,
+    config: Config,
+    metrics: Metrics,
+    on_death: Callable[[BaseException | None], object],
+) -> Engine:
+    """An engine, not started yet."""
+    limits = config.engine
+    cache = SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context))
+    return Engine(
+        runner=Runner(base.model, manager, cache),
+        weights=WeightsControl(manager, TurnTaking(config.policy.turn_seconds), metrics.weights_changed),
+        scheduler=Scheduler(
+            slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens
+        ),
+        vocabulary=base.vocabulary(),
+        observer=metrics,
+        on_death=on_death,
+    )
+
+
+async def deploy_all(parts: Parts, say: Say) -> None:
+    """The deployments of the file. Raises ConfigError that names the one that cannot be made."""
+    for wanted in parts.config.deployments:
+        try:
+            made = await parts.deployments.create(wanted.name, wanted.adapter, wanted.policy)
+        except AdapterError as error:
+            raise ConfigError(f"deployment '{wanted.name}': {error}") from error
+        bound = made.bound
+        say(
+            f"deployed {made.name}: {made.policy.value}, {bound.checkpoint.kind}, adapter {made.digest[:12]}, "
+            f"bound {len(bound.updates)} of {bound.targeted} modules"
+        )
+
+
+def make_server(parts: Parts) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    """A gRPC server with every service on it, not listening yet."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    builder = RequestBuilder(parts.base, parts.config.engine)
+    generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+    deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(DeploymentService(parts.deployments), server)
+    weights = WeightsService(parts.engine, parts.deployments, parts.manager.base.digest)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server, health_servicer
+
+
+async def set_serving(health_servicer: health.aio.HealthServicer) -> None:
+    """Tells health checks that every service answers."""
+    for service in (*SERVICES, ""):
+        await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+
+def serve_metrics(address: str, metrics: Metrics) -> tuple[str, Callable[[], None]]:
+    """Starts the /metrics port; returns its address and what ends it. Raises OSError or ValueError."""
+    host, _, port = address.rpartition(":")
+    http, thread = start_http_server(int(port), host, registry=metrics.registry)
+
+    def stop() -> None:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+    return f"{host}:{http.server_port}", stop
+
+
+async def timed(say: Say, what: str, work: Callable[[], T]) -> T:
+    """Runs `work` in a thread and says how long it took."""
+    start = time.perf_counter()
+    result = await asyncio.to_thread(work)
+    say(f"{what} in {time.perf_counter() - start:.1f} s")
+    return result

@@ -1,0 +1,127 @@
+"""`lorafold.toml` as frozen objects. Each default lives here, once; the command line and the docs read it from here."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorafold.errors import ConfigError
+from lorafold_adapters.policy import PolicyKind
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+BASE = "base"
+"""The deployment that is always there: the base model without an adapter."""
+
+
+class Section(BaseModel):
+    """A table of the file: nothing in it can be changed, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class BaseConfig(Section):
+    """`[base]`: the model that every adapter shares."""
+
+    model: str
+    """A transformers folder, or a name on the Hugging Face hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: the checkpoint's own."""
+    device: str = "auto"
+    """`auto`: the first GPU, or else the CPU."""
+
+
+class ServerConfig(Section):
+    """`[server]`: where to listen."""
+
+    address: str = "127.0.0.1:50051"
+    """gRPC. A port of 0 takes a free one."""
+    metrics_address: str = "127.0.0.1:9464"
+    """Prometheus, at /metrics."""
+    grace_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """After SIGTERM: how long requests in flight may take to finish."""
+
+
+class EngineConfig(Section):
+    """`[engine]`: what runs at once."""
+
+    max_batch: Annotated[int, Field(gt=0)] = 32
+    """Sequences with a place in the cache."""
+    max_context: Annotated[int, Field(gt=1)] = 4096
+    """Tokens of prompt and answer together; less if the model has less."""
+    max_queue: Annotated[int, Field(gt=0)] = 1024
+    """Requests that may wait for a place."""
+    prefill_tokens: Annotated[int, Field(gt=0)] = 1024
+    """Prompt tokens that one step reads at most."""
+    default_max_tokens: Annotated[int, Field(gt=0)] = 256
+    """For requests that do not say."""
+
+
+class PolicyConfig(Section):
+    """`[policy]`: how adapters share the weights."""
+
+    turn_seconds: Annotated[float, Field(gt=0)] = 0.25
+    """How long a folded adapter, or the shared batch, runs while others wait."""
+
+
+class DeploymentConfig(Section):
+    """`[[deployments]]`: a name that clients call."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    adapter: str
+    """A PEFT adapter folder, relative to the file."""
+    policy: Annotated[PolicyKind, Field(strict=False)] = PolicyKind.AUTO
+
+
+class LogConfig(Section):
+    """`[log]`: what goes to stderr."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Section):
+    """The whole file."""
+
+    base: BaseConfig
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    policy: PolicyConfig = PolicyConfig()
+    log: LogConfig = LogConfig()
+    deployments: list[DeploymentConfig] = []
+    folder: Path = Path()
+    """Where the file lies; relative adapter paths start here. Not a key of the file."""
+
+
+def load_config(file: Path) -> Config:
+    """Reads `file`. Raises ConfigError with the key and what is wrong with it."""
+    try:
+        content = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read '{file}': {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"'{file}' is not valid TOML: {error}") from error
+    return parse_config(content, file)
+
+
+def parse_config(content: dict[str, Any], file: Path) -> Config:
+    """Checks the contents of `file`. Raises ConfigError."""
+    if "folder" in content:
+        raise ConfigError(f"'{file}': unknown key 'folder'")
+    try:
+        config = Config.model_validate({**content, "folder": file.parent})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"'{file}': key '{key}': {first['msg'][0].lower()}{first['msg'][1:]}") from error
+    names = [deployment.name for deployment in config.deployments]
+    for name in names:
+        if name == BASE or names.count(name) > 1:
+            raise ConfigError(f"'{file}': deployment '{name}' is there twice: every name once, and 'base' is built in")
+    return config
+
+
+def local_model_path(config: Config) -> str:
+    """The base's folder if it is one beside the file, or else its name on the hub."""
+    beside = config.folder / config.base.model
+    return str(beside) if beside.is_dir() else config.base.model

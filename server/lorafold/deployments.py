@@ -1,0 +1,170 @@
+"""The names that clients call. Lives on the event loop; the engine only ever sees content digests.
+
+Creating and updating read, check and bind the adapter first, in a worker thread, while everything else goes on; only
+when the adapter is on the device does the name point at it. Between resolving a name and submitting the request there
+is no `await`, so a request is always in the engine's inbox before the release of the adapter it needs.
+"""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorafold.config import BASE, NAME_PATTERN
+from lorafold.engine.loop import Engine
+from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.errors import AdapterUnsupported
+from lorafold_adapters.policy import PolicyKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """A name and what it points at."""
+
+    name: str
+    adapter_path: str
+    policy: PolicyKind
+    bound: BoundAdapter
+    etag: str
+    created: datetime
+    updated: datetime
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the adapter."""
+        return self.bound.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request runs on."""
+
+    adapter: str | None
+    policy: PolicyKind
+
+
+class Deployments:
+    """All deployments of one server."""
+
+    def __init__(self, manager: AdapterManager, engine: Engine, folder: Path) -> None:
+        self._manager = manager
+        self._engine = engine
+        self._folder = folder
+        self._by_name: dict[str, Deployment] = {}
+        self._busy: set[str] = set()
+        self._binding = asyncio.Lock()
+
+    def resolve(self, name: str) -> Target:
+        """What a request to `name` runs on, now. Raises DeploymentNotFound."""
+        if name in ("", BASE):
+            return Target(None, PolicyKind.UNMERGED)
+        deployment = self.get(name)
+        foldable = deployment.bound.fold_refusal is None
+        return Target(deployment.digest, deployment.policy if foldable else PolicyKind.UNMERGED)
+
+    def get(self, name: str) -> Deployment:
+        """Raises DeploymentNotFound."""
+        if name not in self._by_name:
+            raise DeploymentNotFound(f"no deployment is named '{name}': list them, or create it first")
+        return self._by_name[name]
+
+    def all(self) -> list[Deployment]:
+        """All of them, by name."""
+        return [self._by_name[name] for name in sorted(self._by_name)]
+
+    def pointing_at(self, digest: str) -> list[str]:
+        """Names of the deployments of one adapter."""
+        return [deployment.name for deployment in self.all() if deployment.digest == digest]
+
+    async def create(self, name: str, adapter_path: str, policy: PolicyKind) -> Deployment:
+        """Raises InvalidField, DeploymentExists, DeploymentBusy or a subclass of AdapterError."""
+        check_name(name)
+        with self._changing(name):
+            if name in self._by_name:
+                raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
+            bound = await self._stage(adapter_path, policy)
+            now = datetime.now(UTC)
+            deployment = Deployment(
+                name=name,
+                adapter_path=adapter_path,
+                policy=policy,
+                bound=bound,
+                etag=uuid.uuid4().hex,
+                created=now,
+                updated=now,
+            )
+            self._by_name[name] = deployment
+        return deployment
+
+    async def update(self, name: str, adapter_path: str | None, policy: PolicyKind | None, etag: str) -> Deployment:
+        """Changes what is not None. Raises DeploymentNotFound, EtagMismatch, DeploymentBusy or an AdapterError."""
+        with self._changing(name):
+            old = self.get(name)
+            self._check_etag(old, etag)
+            policy = policy or old.policy
+            path = adapter_path or old.adapter_path
+            bound = await self._stage(path, policy) if adapter_path else await self._again(old.bound, policy)
+            new = replace(
+                old,
+                adapter_path=path,
+                policy=policy,
+                bound=bound,
+                etag=uuid.uuid4().hex,
+                updated=datetime.now(UTC),
+            )
+            self._by_name[name] = new
+            self._release(old)
+        return new
+
+    async def delete(self, name: str, etag: str) -> None:
+        """Raises DeploymentNotFound, EtagMismatch or DeploymentBusy."""
+        with self._changing(name):
+            old = self.get(name)
+            self._check_etag(old, etag)
+            del self._by_name[name]
+            self._release(old)
+
+    async def _stage(self, adapter_path: str, policy: PolicyKind) -> BoundAdapter:
+        """Reads, checks and binds an adapter and puts it on the device."""
+        async with self._binding:
+            bound = await asyncio.to_thread(self._manager.bind, self._folder / adapter_path)
+        return await self._again(bound, policy)
+
+    async def _again(self, bound: BoundAdapter, policy: PolicyKind) -> BoundAdapter:
+        if policy is PolicyKind.MERGED and bound.fold_refusal is not None:
+            raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; deploy it unmerged")
+        await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
+        return bound
+
+    def _release(self, deployment: Deployment) -> None:
+        self._engine.call(lambda: self._engine.weights.release(deployment.digest))
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        if name in self._busy:
+            raise DeploymentBusy(f"another call is changing '{name}' now: wait for it and try again")
+        self._busy.add(name)
+        try:
+            yield
+        finally:
+            self._busy.discard(name)
+
+    @staticmethod
+    def _check_etag(deployment: Deployment, etag: str) -> None:
+        if etag and etag != deployment.etag:
+            raise EtagMismatch(f"'{deployment.name}' was changed since you read it: get it again and decide anew")
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidField unless `name` may be a deployment's."""
+    if name == BASE or not re.fullmatch(NAME_PATTERN, name):
+        raise InvalidField(
+            "deployment.name",
+            f"'{name}' is no name for a deployment: letters, digits, '.', '_' and '-', at most 63, and not 'base'",
+        )

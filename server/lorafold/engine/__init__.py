@@ -1,0 +1,1 @@
+"""The decode engine: one thread that owns the model. Knows no gRPC."""

@@ -1,0 +1,73 @@
+"""Commands to a thread that owns something: put from anywhere, read between steps, refused once the thread is gone."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lorafold.errors import EngineStopped
+from lorafold_adapters.errors import BaseCorrupt
+
+T = TypeVar("T")
+GONE = "the server is stopping or its engine has failed: send the request to another one"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Something to do on the engine's thread."""
+
+    run: Callable[[], None]
+    refuse: Callable[[EngineStopped], None]
+    """Called instead, on any thread, if the engine is gone."""
+
+
+class Inbox:
+    """Nothing that is put in is ever lost: each command is either run or refused."""
+
+    def __init__(self) -> None:
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._closed = False
+
+    def put(self, command: Command) -> None:
+        """Queues the command, or refuses it if the inbox is closed."""
+        with self._gate:
+            if not self._closed:
+                self._commands.put(command)
+                return
+        command.refuse(EngineStopped(GONE))
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Queues `function`; the future has its result or its exception."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+                if isinstance(error, BaseCorrupt):
+                    raise
+
+        self.put(Command(run, future.set_exception))
+        return future
+
+    def run_all(self, *, wait: bool) -> None:
+        """Runs what is queued; with `wait`, waits for the first command if there is none."""
+        with contextlib.suppress(queue.Empty):
+            self._commands.get(block=wait).run()
+            while True:
+                self._commands.get(block=False).run()
+
+    def close(self) -> None:
+        """Refuses what is queued and all that comes later."""
+        with self._gate:
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get(block=False).refuse(EngineStopped(GONE))

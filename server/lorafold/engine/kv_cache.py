@@ -1,0 +1,90 @@
+"""Keys and values of running sequences: one slot of fixed length for each, and the plan of one step over them.
+
+A slot holds what one adapter computed; it is never reused without being written again from its first position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class SlotCache:
+    """For each layer keys and values [slots, K, length, D], made when the layer first runs, filled with zeros.
+
+    Zeros matter: a masked place counts with weight 0, and 0 times uninitialised NaN would be NaN.
+    """
+
+    def __init__(self, *, slots: int, length: int) -> None:
+        self.slots = slots
+        self.length = length
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's cache for keys and values shaped like `key` and `value` [1, K, T, D]."""
+        if index not in self._layers:
+            self._layers[index] = (self._zeros(key), self._zeros(value))
+        return self._layers[index]
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self.slots, like.shape[1], self.length, like.shape[3])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in use, all layers."""
+        return sum(key.nbytes + value.nbytes for key, value in self._layers.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Part of a prompt that one step reads."""
+
+    start: int
+    """First token of the chunk in the packed row."""
+    stop: int
+    """One past its last token."""
+    slot: int
+    past: int
+    """Tokens of the sequence that are cached already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Where each token of one packed row [1, T] belongs."""
+
+    cache: SlotCache
+    slot_T: Tensor
+    """int64."""
+    position_T: Tensor
+    """int64: its place in its sequence."""
+    decoding_B: Tensor
+    """int64: indices in the row of sequences that decode one token."""
+    decoding_length: int
+    """Cached length that covers every decoding sequence."""
+    chunks: tuple[Chunk, ...]
+
+
+LENGTH_BUCKET = 64
+
+
+def plan_step(cache: SlotCache, parts: list[tuple[int, int, int]], device: torch.device) -> Step:
+    """The step that runs `parts` = (slot, tokens cached already, tokens to run) in this order."""
+    slots, positions, decoding, chunks = [], [], [], []
+    longest = start = 0
+    for slot, past, tokens in parts:
+        slots += [slot] * tokens
+        positions += range(past, past + tokens)
+        if tokens == 1 and past > 0:
+            decoding.append(start)
+            longest = max(longest, past + 1)
+        else:
+            chunks.append(Chunk(start=start, stop=start + tokens, slot=slot, past=past))
+        start += tokens
+    return Step(
+        cache=cache,
+        slot_T=torch.tensor(slots, device=device),
+        position_T=torch.tensor(positions, device=device),
+        decoding_B=torch.tensor(decoding, dtype=torch.int64, device=device),
+        decoding_length=min(-(-longest // LENGTH_BUCKET) * LENGTH_BUCKET, cache.length),
+        chunks=tuple(chunks),
+    )

@@ -1,0 +1,255 @@
+"""The engine thread: it alone touches the model. One step = plan, schedule, run, emit.
+
+Everybody else puts requests and commands into the inbox, which is read between steps.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+import structlog
+from torch import Tensor
+
+from lorafold.engine import emit
+from lorafold.engine.emit import Vocabulary
+from lorafold.engine.inbox import GONE, Command, Inbox
+from lorafold.engine.runner import Piece, Runner
+from lorafold.engine.sampling import Choice, choose, logprobs_of
+from lorafold.engine.scheduler import Part, Row, Scheduler
+from lorafold.engine.weights import Change, TurnFailed, WeightsControl
+from lorafold.errors import DeadlineExceeded, EngineStopped, StepFailed
+from lorafold.requests import Failed, Provenance, Request, Sink
+from lorafold_adapters.errors import BaseCorrupt, LorafoldError
+from lorafold_adapters.policy import Lane, Mode, PolicyKind
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class Observer(Protocol):
+    """Whoever keeps count of what the engine does."""
+
+    def step(self, mode: Mode, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
+        """One forward step ran."""
+        ...
+
+    def queues(self, waiting: int, running: int) -> None:
+        """How many rows there are now."""
+        ...
+
+
+class Engine:
+    """Runs requests. `submit`, `cancel`, `call` and `stop` may be called from any thread."""
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        weights: WeightsControl,
+        scheduler: Scheduler,
+        vocabulary: Vocabulary,
+        observer: Observer,
+        on_death: Callable[[BaseException | None], None],
+    ) -> None:
+        self.weights = weights
+        """Only for functions handed to `call`."""
+        self._runner = runner
+        self._scheduler = scheduler
+        self._vocabulary = vocabulary
+        self._observer = observer
+        self._on_death = on_death
+        self._inbox = Inbox()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name="lorafold-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the current step; requests that still run fail with EngineStopped."""
+        self._inbox.put(Command(self._stop, lambda _: None))
+        self._thread.join()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queues a request; everything that becomes of it, refusals too, arrives at `sink`."""
+        self._inbox.put(Command(lambda: self._accept(request, sink), lambda error: sink(Failed(error))))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request before the next step, without an event. Unknown ones are ignored."""
+        self._inbox.put(Command(lambda: self._cancel(request_id), lambda _: None))
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Runs `function` on the engine's thread between two steps."""
+        return self._inbox.call(function)
+
+    def merge(self, adapter: str) -> "Future[Change]":
+        """Folds `adapter` before the next step and keeps it folded; its own running rows go on folded."""
+        return self.call(lambda: self._merge(adapter))
+
+    def unmerge(self) -> "Future[Change]":
+        """Gives the base back before the next step, and the weights to the policy."""
+        return self.call(self._unmerge)
+
+    @staticmethod
+    def now() -> float:
+        """The engine's clock, seconds."""
+        return time.monotonic()
+
+    # The rest runs on the engine's thread.
+
+    def _main(self) -> None:
+        cause: BaseException | None = None
+        try:
+            while not self._stopping:
+                self._inbox.run_all(wait=not self._scheduler.rows)
+                self._expire()
+                self._step()
+                self._tidy()
+        except BaseException as error:
+            cause = error
+            log.critical("engine died", error=repr(error), exc_info=True)
+        self._inbox.close()
+        for row in self._scheduler.rows:
+            self._fail(row, EngineStopped(GONE))
+        self._on_death(cause)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _accept(self, request: Request, sink: Sink) -> None:
+        try:
+            if request.adapter is not None:
+                self.weights.require(request.adapter)
+            self._scheduler.add(
+                Row(
+                    request=request,
+                    sink=sink,
+                    text=self._vocabulary.text_stream(request),
+                    rng=random.Random(request.sampling.seed),
+                    tokens=list(request.prompt),
+                )
+            )
+        except LorafoldError as error:
+            sink(Failed(error))
+
+    def _cancel(self, request_id: str) -> None:
+        for row in self._scheduler.rows:
+            if row.request.id == request_id:
+                self._scheduler.remove(row)
+
+    def _merge(self, adapter: str) -> Change:
+        change = self.weights.pin(adapter)
+        for row in self._scheduler.running:
+            if row.request.adapter == adapter:
+                row.lane = adapter
+        return change
+
+    def _unmerge(self) -> Change:
+        change = self.weights.unpin()
+        for row in self._scheduler.running:
+            if row.request.policy is PolicyKind.UNMERGED:
+                row.lane = None
+        return change
+
+    def _expire(self) -> None:
+        now = self.now()
+        for row in self._scheduler.rows:
+            if row.request.deadline is not None and now > row.request.deadline:
+                self._fail(row, DeadlineExceeded("the request's deadline passed: allow more time or fewer max_tokens"))
+
+    def _tidy(self) -> None:
+        self._observer.queues(self._scheduler.waiting, len(self._scheduler.running))
+        self.weights.sweep({row.request.adapter for row in self._scheduler.rows})
+
+    def _step(self) -> None:
+        """Plan, schedule, run, emit."""
+        lanes = self._scheduler.lanes
+        self._scheduler.admit(lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()), self.now())
+        if not lanes():
+            return
+        start = self.now()
+        try:
+            lane = self.weights.next_lane(lanes(), start)
+        except TurnFailed as failure:
+            self._turn_failed(failure)
+            return
+        planned = self.now()
+        self._wait(self._scheduler.running, planned - start)
+        if parts := self._scheduler.schedule(lane):
+            self._run(parts, lane)
+        else:
+            self._inbox.run_all(wait=True)  # An operator holds the weights; only a command can change that.
+        self._wait((row for row in self._scheduler.running if row.lane != lane), self.now() - planned)
+
+    def _turn_failed(self, failure: TurnFailed) -> None:
+        if isinstance(failure.error, BaseCorrupt):
+            raise failure.error
+        log.error("fold failed", adapter=failure.lane, error=str(failure.error))
+        for row in self._scheduler.running:
+            if row.lane == failure.lane:
+                self._fail(row, failure.error)
+
+    def _run(self, parts: list[Part], lane: Lane) -> None:
+        start = self.now()
+        pieces = [
+            Piece(
+                tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
+                slot=part.row.slot,
+                past=part.row.cached,
+                adapter=part.row.request.adapter if lane is None else None,
+                samples=part.samples,
+            )
+            for part in parts
+        ]
+        try:
+            logits_SV = self._runner.run(pieces)
+            sampling = [part.row for part in parts if part.samples]
+            for part in parts:
+                part.row.cached += part.tokens
+            self._extend(sampling, logits_SV, lane)
+        except Exception as error:
+            log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
+            for part in parts:
+                if part.row in self._scheduler.running:
+                    self._fail(part.row, StepFailed(f"the model failed on this batch ({error}): send the request again"))
+            return
+        prompt = sum(part.tokens for part in parts if not part.row.generated)
+        self._observer.step(self._mode(parts[0].row, lane), prompt, len(sampling), self.now() - start)
+
+    def _extend(self, rows: list[Row], logits_SV: Tensor, lane: Lane) -> None:
+        """Chooses the next token of each row; what goes wrong with one row ends that row alone."""
+        if not rows:
+            return
+        choices = [Choice(row.request.sampling, row.rng, row.request.logprobs) for row in rows]
+        tokens = choose(logits_SV, choices)
+        logprobs = logprobs_of(logits_SV, tokens, choices)
+        generation = self.weights.state.generation
+        for row, token, reported in zip(rows, tokens, logprobs, strict=True):
+            provenance = Provenance(mode=self._mode(row, lane), generation=generation)
+            try:
+                done = emit.token(row, token, reported, provenance, self._vocabulary, self.now())
+            except Exception as error:
+                log.error("request failed", request=row.request.id, exc_info=True)
+                self._fail(row, StepFailed(f"the answer could not be continued ({error}): send the request again"))
+                continue
+            if done:
+                self._scheduler.remove(row)
+
+    @staticmethod
+    def _mode(row: Row, lane: Lane) -> Mode:
+        if row.request.adapter is None:
+            return Mode.BASE
+        return Mode.UNMERGED if lane is None else Mode.MERGED
+
+    @staticmethod
+    def _wait(rows: Iterable[Row], seconds: float) -> None:
+        for row in rows:
+            row.swap_wait += seconds
+
+    def _fail(self, row: Row, error: LorafoldError) -> None:
+        self._scheduler.remove(row)
+        row.sink(Failed(error))

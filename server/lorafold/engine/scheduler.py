@@ -1,0 +1,124 @@
+"""Waiting and running rows: who has a slot, and which tokens run next.
+
+Pure Python: no tensors, no model. Slots are given in order of arrival, whichever lane a row is in, so that rows of
+a lane that waits for its turn are never overtaken by later ones.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from lorafold.engine.detokenize import TextStream
+from lorafold.errors import QueueFull
+from lorafold.requests import Request, Sink
+from lorafold_adapters.policy import Lane
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One request on its way through the engine."""
+
+    request: Request
+    sink: Sink
+    text: TextStream
+    rng: random.Random
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and answer so far."""
+    slot: int = -1
+    lane: Lane = None
+    cached: int = 0
+    """Tokens whose keys and values are in the slot."""
+    admitted: float = 0.0
+    """When it got its slot; times are in seconds on the engine's clock."""
+    first_token: float = 0.0
+    """When its first token was chosen."""
+    swap_wait: float = 0.0
+    """How long it had a slot while another lane ran."""
+    swap_wait_before_first: float = 0.0
+    """The part of `swap_wait` before its first token."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one step runs of one row."""
+
+    row: Row
+    tokens: int
+    """How many, from `row.cached` on."""
+
+    @property
+    def samples(self) -> bool:
+        """True if the step reaches the row's last token, so that the next one can be chosen."""
+        return self.row.cached + self.tokens == len(self.row.tokens)
+
+
+class Scheduler:
+    """At most `slots` rows run, at most `max_waiting` wait."""
+
+    def __init__(self, *, slots: int, max_waiting: int, prefill_tokens: int) -> None:
+        self._free = list(range(slots))[::-1]
+        self._max_waiting = max_waiting
+        self._prefill_tokens = prefill_tokens
+        self._waiting: deque[Row] = deque()
+        self._running: dict[str, Row] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Rows without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> tuple[Row, ...]:
+        """Rows with a slot, whether or not it is their lane's turn."""
+        return tuple(self._running.values())
+
+    @property
+    def rows(self) -> Iterable[Row]:
+        """All rows."""
+        return (*self._running.values(), *self._waiting)
+
+    def lanes(self) -> dict[Lane, int]:
+        """Rows with a slot, by lane."""
+        return dict(Counter(row.lane for row in self._running.values()))
+
+    def add(self, row: Row) -> None:
+        """Puts a row at the end of the queue. Raises QueueFull."""
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
+        self._waiting.append(row)
+
+    def admit(self, lane_of: Callable[[Row], Lane], now: float) -> None:
+        """Gives free slots to the rows that waited longest; a row's lane is chosen then."""
+        while self._waiting and self._free:
+            row = self._waiting.popleft()
+            row.slot, row.admitted, row.lane = self._free.pop(), now, lane_of(row)
+            self._running[row.request.id] = row
+
+    def remove(self, row: Row) -> None:
+        """Forgets a row, wherever it is, and frees its slot."""
+        if self._running.pop(row.request.id, None) is None:
+            self._waiting.remove(row)
+        else:
+            self._free.append(row.slot)
+
+    def schedule(self, lane: Lane) -> list[Part]:
+        """One step of the lane's rows: a token for each that decodes, then prompts, up to the budget of tokens."""
+        rows = [row for row in self._running.values() if row.lane == lane]
+        parts = [Part(row, 1) for row in rows if row.generated]
+        budget = self._prefill_tokens
+        for row in rows:
+            if not row.generated and budget:
+                tokens = min(len(row.tokens) - row.cached, budget)
+                parts.append(Part(row, tokens))
+                budget -= tokens
+        return parts
+
+    def check_integrity(self, slots: int) -> None:
+        """When nothing runs, every slot is free again."""
+        assert sorted(self._free) == list(range(slots)) and not self._running

@@ -1,0 +1,158 @@
+"""What the engine thread does to the model's weights between steps: turns of the policy, calls of an operator, and
+adapters that come and go. Knows no requests, only lanes.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.errors import AdapterNotLoaded, LorafoldError
+from lorafold_adapters.policy import Lane, LaneView, Policy, PolicyKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsState:
+    """Which adapter is in the weights, and why."""
+
+    generation: int
+    folded: str | None
+    """Content digest; None: the weights are the base's."""
+    pinned: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What one change of the weights took."""
+
+    state: WeightsState
+    seconds: float
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What reading every weight found."""
+
+    tensors: int
+    mismatched: tuple[str, ...]
+    base_fingerprint: str
+
+
+class WeightsControl:
+    """Carries out plans. Every method runs on the engine's thread, between steps."""
+
+    def __init__(self, manager: AdapterManager, policy: Policy, on_change: Callable[[Change], None]) -> None:
+        self._manager = manager
+        self._policy = policy
+        self._on_change = on_change
+        self._wanted: Counter[str] = Counter()
+        self._pinned: str | None = None
+        self._reason = "nothing was folded yet"
+
+    @property
+    def state(self) -> WeightsState:
+        """Now."""
+        fold = self._manager.fold_state
+        return WeightsState(
+            generation=fold.generation,
+            folded=fold.folded,
+            pinned=self._pinned is not None,
+            reason=self._reason,
+        )
+
+    def lane(self, adapter: str | None, kind: PolicyKind, rows: dict[Lane, int]) -> Lane:
+        """The lane of a row that starts now."""
+        if adapter is not None and adapter == self._pinned:
+            return adapter
+        return self._policy.lane(adapter, kind, self._view(rows))
+
+    def next_lane(self, rows: dict[Lane, int], now: float) -> Lane:
+        """Plans the next step and makes the weights what it needs.
+
+        Raises TurnFailed if the adapter cannot be folded, BaseCorrupt if the base is lost.
+        """
+        plan = self._policy.plan(self._view(rows), now)
+        if plan.folded == self._manager.fold_state.folded:
+            return plan.folded
+        try:
+            self._change(plan.folded, plan.reason)
+        except LorafoldError as error:
+            raise TurnFailed(plan.folded, error) from error
+        return plan.folded
+
+    def pin(self, adapter: str) -> Change:
+        """Folds `adapter` and keeps it folded over the policy. Raises what `merge_adapter` raises."""
+        change = self._change(adapter, "held by MergeAdapter")
+        self._pinned = adapter
+        return change
+
+    def unpin(self) -> Change:
+        """Gives the base back and the weights to the policy again."""
+        self._pinned = None
+        return self._change(None, "given back by UnmergeAdapter")
+
+    def verify(self) -> Verification:
+        """Gives the base back, reads every weight, and folds again what was pinned."""
+        self._change(None, "given back by VerifyBase")
+        mismatched = self._manager.verify_base()
+        if self._pinned is not None:
+            self._change(self._pinned, "held by MergeAdapter")
+        base = self._manager.base
+        return Verification(
+            tensors=len(base.tensors), mismatched=tuple(mismatched), base_fingerprint=base.digest
+        )
+
+    def acquire(self, bound: BoundAdapter) -> None:
+        """One more deployment points at this adapter; it is put on the device if it is not there yet."""
+        if bound.digest not in self._manager.adapters:
+            self._manager.load(bound.digest, bound)
+        self._wanted[bound.digest] += 1
+
+    def release(self, adapter: str) -> None:
+        """One deployment less points at this adapter."""
+        self._wanted[adapter] -= 1
+
+    def sweep(self, used: set[str]) -> None:
+        """Drops the adapters that no deployment points at and no row uses."""
+        for adapter in [name for name, count in self._wanted.items() if count <= 0]:
+            if adapter in used or adapter == self._pinned:
+                continue
+            if self._manager.fold_state.folded == adapter:
+                self._change(None, "no deployment points at the folded adapter any more")
+            self._manager.drop(adapter)
+            del self._wanted[adapter]
+
+    def require(self, adapter: str) -> None:
+        """Raises AdapterNotLoaded if the adapter was dropped."""
+        if adapter not in self._manager.adapters:
+            raise AdapterNotLoaded(f"adapter {adapter[:12]} was removed while the request was on its way: try again")
+
+    def _view(self, rows: dict[Lane, int]) -> LaneView:
+        return LaneView(folded=self._manager.fold_state.folded, pinned=self._pinned, rows=rows)
+
+    def _change(self, adapter: str | None, reason: str) -> Change:
+        generation = self._manager.fold_state.generation
+        start = time.perf_counter()
+        written = 0
+        if adapter is None:
+            self._manager.unmerge_adapter()
+        else:
+            written = self._manager.merge_adapter(adapter)
+        self._reason = reason
+        change = Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=written)
+        if change.state.generation != generation:
+            self._on_change(change)
+        return change
+
+
+class TurnFailed(Exception):
+    """The lane's adapter could not be folded; the base is back unless the cause is BaseCorrupt."""
+
+    def __init__(self, lane: Lane, error: LorafoldError) -> None:
+        super().__init__(str(error))
+        self.lane = lane
+        self.error = error

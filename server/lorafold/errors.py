@@ -1,0 +1,68 @@
+"""What a request can do wrong, beside the adapter errors of `lorafold_adapters.errors`.
+
+LorafoldError
+├── InvalidField            a field of the request is wrong; names the field
+├── ConfigError             the configuration file is wrong; names the key
+├── ModelUnsupported        the base cannot be loaded or served
+├── DeploymentNotFound      no deployment of that name
+├── DeploymentExists        the name is taken
+├── DeploymentBusy          another call is changing this deployment now
+├── EtagMismatch            the deployment was changed since the caller read it
+├── QueueFull               too many requests wait
+├── DeadlineExceeded        the request's own deadline passed before it was done
+├── StepFailed              the model failed on the batch the request was in
+└── EngineStopped           the engine takes no more requests
+
+Knows no gRPC: `services/status.py` maps these classes to status codes.
+"""
+
+from lorafold_adapters.errors import LorafoldError
+
+
+class InvalidField(LorafoldError):
+    """A field of the request is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        """Path of the field in the request message, e.g. `spec.sampling.top_p`."""
+
+
+class ConfigError(LorafoldError):
+    """The configuration file cannot be used."""
+
+
+class ModelUnsupported(LorafoldError):
+    """The base model cannot be loaded or served."""
+
+
+class DeploymentNotFound(LorafoldError):
+    """No deployment has that name."""
+
+
+class DeploymentExists(LorafoldError):
+    """The name is taken."""
+
+
+class DeploymentBusy(LorafoldError):
+    """Another call is changing this deployment now."""
+
+
+class EtagMismatch(LorafoldError):
+    """The deployment was changed since the caller read it."""
+
+
+class QueueFull(LorafoldError):
+    """Too many requests wait already."""
+
+
+class DeadlineExceeded(LorafoldError):
+    """The request's deadline passed before it was done."""
+
+
+class StepFailed(LorafoldError):
+    """The model failed on the batch the request was in."""
+
+
+class EngineStopped(LorafoldError):
+    """The engine takes no more requests."""

@@ -1,0 +1,76 @@
+"""Prometheus collectors on a registry that is passed in. Knows no tensors and no gRPC."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from lorafold.engine.weights import Change
+from lorafold_adapters.policy import Mode
+
+STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+MAX_DEPLOYMENTS = 100
+"""Distinct values of the `deployment` label; later ones count as `other`."""
+
+
+class Metrics:
+    """What the server counts. Implements `engine.loop.Observer`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._labelled: set[str] = set()
+        self._requests = Counter(
+            "lorafold_requests", "Requests that ended, by outcome.", ["deployment", "outcome"], registry=registry
+        )
+        self._tokens = Counter(
+            "lorafold_tokens", "Tokens read (prompt) and generated (answer).", ["mode", "kind"], registry=registry
+        )
+        self._step = Histogram(
+            "lorafold_step_seconds",
+            "One forward step and its sampling, in the engine.",
+            ["mode"],
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self._first = Histogram(
+            "lorafold_time_to_first_token_seconds",
+            "From arrival to the first token, in the engine.",
+            ["mode"],
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self._fold = Histogram(
+            "lorafold_weights_change_seconds",
+            "Folding an adapter in, or giving the base back.",
+            ["to"],
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self._waiting = Gauge("lorafold_requests_waiting", "Requests without a place in the batch.", registry=registry)
+        self._running = Gauge("lorafold_requests_running", "Requests with a place in the batch.", registry=registry)
+        self._generation = Gauge("lorafold_generation", "Grows whenever weights change.", registry=registry)
+
+    def step(self, mode: Mode, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
+        """One forward step ran."""
+        self._step.labels(mode.value).observe(seconds)
+        self._tokens.labels(mode.value, "prompt").inc(prompt_tokens)
+        self._tokens.labels(mode.value, "answer").inc(new_tokens)
+
+    def queues(self, waiting: int, running: int) -> None:
+        """How many rows there are now."""
+        self._waiting.set(waiting)
+        self._running.set(running)
+
+    def weights_changed(self, change: Change) -> None:
+        """An adapter was folded, or the base given back."""
+        self._generation.set(change.state.generation)
+        self._fold.labels("base" if change.state.folded is None else "adapter").observe(change.seconds)
+
+    def first_token(self, mode: Mode, seconds: float) -> None:
+        """A request got its first token."""
+        self._first.labels(mode.value).observe(seconds)
+
+    def request_ended(self, deployment: str, outcome: str) -> None:
+        """`outcome` is a finish reason, a gRPC status name, or `cancelled`."""
+        if deployment not in self._labelled and len(self._labelled) >= MAX_DEPLOYMENTS:
+            deployment = "other"
+        self._labelled.add(deployment)
+        self._requests.labels(deployment, outcome).inc()

@@ -1,0 +1,121 @@
+"""Loads the base model and its tokenizer, and makes sure that our attention computes what the model means."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafold.config import BaseConfig
+from lorafold.engine import attention
+from lorafold.engine.emit import Vocabulary
+from lorafold.engine.kv_cache import SlotCache, plan_step
+from lorafold.errors import ModelUnsupported
+
+PROBE_TOKENS = 24
+# Largest difference of logits between two attention implementations, over the largest logit: some units in the last
+# place of the dtype, grown by the depth of the network.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedBase:
+    """A base model, ready for the engine."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    """Tokens the model can take."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids must be below this."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def vocabulary(self) -> Vocabulary:
+        """What the engine needs of it."""
+        stop = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        stop = self.tokenizer.eos_token_id if stop is None else stop
+        ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        return Vocabulary(decode=self.decode, end_of_sequence=frozenset(ids))
+
+    def decode(self, ids: Any) -> str:
+        """Token ids as text, without special tokens."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def load_base(config: BaseConfig, path: str) -> LoadedBase:
+    """Loads the base from `path`, a folder or a name on the hub. Raises ModelUnsupported."""
+    attention.register()
+    device = torch.device(pick_device(config.device))
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnsupported(f"cannot load the base model '{path}': {first_line(error)}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    use_our_attention(model)
+    return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def pick_device(name: str) -> str:
+    """`auto` becomes the first GPU or the CPU. Raises ModelUnsupported if the device is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelUnsupported(f"base.device is '{name}', but torch sees no GPU: set it to 'cpu' or install a driver")
+    return name
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the model can take; for rotary embeddings that change with length, before they change."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if original and rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        return int(original)
+    return int(getattr(config, "max_position_embeddings", 2**31))
+
+
+@torch.inference_mode()
+def use_our_attention(model: PreTrainedModel) -> None:
+    """Puts our attention into `model` and compares one prompt with the model's own.
+
+    Raises ModelUnsupported if the model has a part that our attention does not know.
+    """
+    ids = torch.arange(PROBE_TOKENS, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    name = type(model).__name__
+    try:
+        model.set_attn_implementation("eager")
+        theirs = model(input_ids=ids[None], use_cache=False).logits[0]
+        model.set_attn_implementation(attention.NAME)
+        ours = probe(model, ids)
+    except Exception as error:
+        raise ModelUnsupported(f"{name} cannot be served: {first_line(error)}") from error
+    error_size = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+    if not error_size <= PROBE_TOLERANCE.get(model.dtype, 1e-1):
+        raise ModelUnsupported(
+            f"{name} cannot be served: with our attention its logits are off by {error_size:.2g} of their size; "
+            "please report the model"
+        )
+
+
+def probe(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    """Logits of a prompt read in two chunks and then two single tokens, through our attention."""
+    cache = SlotCache(slots=2, length=PROBE_TOKENS)
+    logits = []
+    for past, stop in ((0, 9), (9, PROBE_TOKENS - 2), (PROBE_TOKENS - 2, PROBE_TOKENS - 1), (PROBE_TOKENS - 1, PROBE_TOKENS)):
+        step = plan_step(cache, [(1, past, stop - past)], ids_T.device)
+        part = model(input_ids=ids_T[None, past:stop], position_ids=step.position_T[None], use_cache=False, step=step)
+        logits.append(part.logits[0])
+    return torch.cat(logits)

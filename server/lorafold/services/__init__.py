@@ -1,0 +1,1 @@
+"""One thin translator per gRPC service: message in, dataclass out, and back."""

@@ -1,0 +1,128 @@
+"""`lorafold.v1.DeploymentService`: names and what they point at."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from lorafold.deployments import Deployment, Deployments
+from lorafold.errors import InvalidField
+from lorafold.services.fields import refuse_unknown_fields, required
+from lorafold.services.status import translated
+from lorafold.v1 import deployment_pb2 as pb
+from lorafold.v1 import deployment_pb2_grpc
+from lorafold_adapters.policy import PolicyKind
+
+Context = grpc.aio.ServicerContext[Any, Any]
+DEFAULT_PAGE, MAX_PAGE = 50, 1000
+KINDS = {
+    pb.POLICY_MERGED: PolicyKind.MERGED,
+    pb.POLICY_UNMERGED: PolicyKind.UNMERGED,
+    pb.POLICY_AUTO: PolicyKind.AUTO,
+}
+POLICIES = {kind: value for value, kind in KINDS.items()}
+MASK = ("adapter_path", "policy")
+
+
+class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
+    """Translates. Changes go on to their end even if the caller hangs up."""
+
+    def __init__(self, deployments: Deployments) -> None:
+        self._deployments = deployments
+
+    async def CreateDeployment(
+        self, request: pb.CreateDeploymentRequest, context: Context
+    ) -> pb.CreateDeploymentResponse:
+        """Callable once this returns."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            required(request, "deployment")
+            wanted = request.deployment
+            policy = policy_of(wanted.policy) or PolicyKind.AUTO
+            path = path_of(wanted)
+            made = await asyncio.shield(self._deployments.create(wanted.name, path, policy))
+            return pb.CreateDeploymentResponse(deployment=message_of(made))
+
+    async def GetDeployment(self, request: pb.GetDeploymentRequest, context: Context) -> pb.GetDeploymentResponse:
+        """One by its name."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            return pb.GetDeploymentResponse(deployment=message_of(self._deployments.get(request.name)))
+
+    async def ListDeployments(
+        self, request: pb.ListDeploymentsRequest, context: Context
+    ) -> pb.ListDeploymentsResponse:
+        """A page of them in the order of their names; a page token is the last name of the page before."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+            rest = [item for item in self._deployments.all() if item.name > request.page_token]
+            more = rest[size - 1].name if len(rest) > size else ""
+            return pb.ListDeploymentsResponse(
+                deployments=[message_of(item) for item in rest[:size]], next_page_token=more
+            )
+
+    async def UpdateDeployment(
+        self, request: pb.UpdateDeploymentRequest, context: Context
+    ) -> pb.UpdateDeploymentResponse:
+        """The hot swap."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            required(request, "deployment")
+            wanted, mask = request.deployment, list(request.update_mask.paths)
+            for path in mask:
+                if path not in MASK:
+                    raise InvalidField("update_mask", f"'{path}' cannot be updated: {' and '.join(MASK)} can")
+            policy = policy_of(wanted.policy) if not mask or "policy" in mask else None
+            adapter = path_of(wanted) if (not mask and wanted.adapter_path) or "adapter_path" in mask else None
+            if "policy" in mask and policy is None:
+                raise InvalidField("deployment.policy", "is in the update mask but not set: set it")
+            if adapter is None and policy is None:
+                raise InvalidField("deployment", "changes nothing: set adapter_path or policy")
+            update = self._deployments.update(wanted.name, adapter, policy, wanted.etag)
+            return pb.UpdateDeploymentResponse(deployment=message_of(await asyncio.shield(update)))
+
+    async def DeleteDeployment(
+        self, request: pb.DeleteDeploymentRequest, context: Context
+    ) -> pb.DeleteDeploymentResponse:
+        """Requests in flight finish."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            await asyncio.shield(self._deployments.delete(request.name, request.etag))
+            return pb.DeleteDeploymentResponse()
+
+
+def policy_of(value: int) -> PolicyKind | None:
+    """None if unset. Raises InvalidField."""
+    if value == pb.POLICY_UNSPECIFIED:
+        return None
+    if value not in KINDS:
+        raise InvalidField("deployment.policy", f"{value} is no policy: use MERGED, UNMERGED or AUTO")
+    return KINDS[pb.Policy(value)]
+
+
+def path_of(wanted: pb.Deployment) -> str:
+    """Raises InvalidField."""
+    if not wanted.adapter_path or "\0" in wanted.adapter_path:
+        raise InvalidField("deployment.adapter_path", "is no path: give the adapter's folder as the server sees it")
+    return wanted.adapter_path
+
+
+def message_of(deployment: Deployment) -> pb.Deployment:
+    """As clients see it."""
+    created, updated = Timestamp(), Timestamp()
+    created.FromDatetime(deployment.created)
+    updated.FromDatetime(deployment.updated)
+    return pb.Deployment(
+        name=deployment.name,
+        adapter_path=deployment.adapter_path,
+        policy=POLICIES[deployment.policy],
+        adapter_digest=deployment.digest,
+        adapter_kind=deployment.bound.checkpoint.kind,
+        bound_modules=len(deployment.bound.updates),
+        adapter_modules=deployment.bound.targeted,
+        etag=deployment.etag,
+        create_time=created,
+        update_time=updated,
+    )

@@ -1,0 +1,83 @@
+"""`lorafold.v1.WeightsService`: looks at the weights and changes them by hand."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+
+from lorafold.config import BASE
+from lorafold.deployments import Deployments
+from lorafold.engine.loop import Engine
+from lorafold.engine.weights import WeightsState
+from lorafold.errors import InvalidField
+from lorafold.services.events import duration
+from lorafold.services.fields import refuse_unknown_fields
+from lorafold.services.status import translated
+from lorafold.v1 import weights_pb2 as pb
+from lorafold.v1 import weights_pb2_grpc
+from lorafold_adapters.errors import AdapterUnsupported
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
+    """Translates; every call is answered by the engine between two steps."""
+
+    def __init__(self, engine: Engine, deployments: Deployments, base_fingerprint: str) -> None:
+        self._engine = engine
+        self._deployments = deployments
+        self._base_fingerprint = base_fingerprint
+
+    async def GetFoldState(self, request: pb.GetFoldStateRequest, context: Context) -> pb.GetFoldStateResponse:
+        """What is in the weights now, and why."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            state = await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.state))
+            return pb.GetFoldStateResponse(fold_state=self._message(state))
+
+    async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> pb.MergeAdapterResponse:
+        """Folds and holds."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            if request.deployment in ("", BASE):
+                raise InvalidField("deployment", "name a deployment with an adapter: the base has nothing to fold")
+            deployment = self._deployments.get(request.deployment)
+            if deployment.bound.fold_refusal is not None:
+                raise AdapterUnsupported(f"the adapter cannot be folded: {deployment.bound.fold_refusal}")
+            change = await asyncio.shield(asyncio.wrap_future(self._engine.merge(deployment.digest)))
+            return pb.MergeAdapterResponse(
+                fold_state=self._message(change.state),
+                fold_time=duration(change.seconds if change.weight_bytes else 0.0),
+                weight_bytes=change.weight_bytes,
+            )
+
+    async def UnmergeAdapter(self, request: pb.UnmergeAdapterRequest, context: Context) -> pb.UnmergeAdapterResponse:
+        """Gives the base back."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            change = await asyncio.shield(asyncio.wrap_future(self._engine.unmerge()))
+            return pb.UnmergeAdapterResponse(
+                fold_state=self._message(change.state), restore_time=duration(change.seconds)
+            )
+
+    async def VerifyBase(self, request: pb.VerifyBaseRequest, context: Context) -> pb.VerifyBaseResponse:
+        """Reads every weight."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            found = await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.verify()))
+            return pb.VerifyBaseResponse(
+                restored=not found.mismatched,
+                tensors_checked=found.tensors,
+                mismatched=found.mismatched,
+                base_fingerprint=found.base_fingerprint,
+            )
+
+    def _message(self, state: WeightsState) -> pb.FoldState:
+        return pb.FoldState(
+            generation=state.generation,
+            adapter_digest=state.folded or "",
+            deployments=self._deployments.pointing_at(state.folded) if state.folded else [],
+            pinned=state.pinned,
+            reason=state.reason,
+            base_fingerprint=self._base_fingerprint,
+        )
