@@ -1,0 +1,5 @@
+"""`python -m lorafold` is `lorafold`."""
+
+from lorafold.cli import main
+
+main()

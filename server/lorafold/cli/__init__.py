@@ -1,0 +1,37 @@
+"""The `lorafold` command. Heavy imports happen in the commands, after their arguments are known to be right."""
+
+import sys
+
+import click
+
+from lorafold.cli.completion import completion
+from lorafold.cli.demo import demo
+from lorafold.cli.deployments import deployments
+from lorafold.cli.generate import generate
+from lorafold.cli.serve import serve
+from lorafold.cli.weights import weights
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lorafold")
+def cli() -> None:
+    """Serves LoRA adapters: folded into the weights, or beside them, on one base model."""
+
+
+for command in (serve, generate, deployments, weights, demo, completion):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Runs the command line; whatever the user did wrong becomes one sentence on stderr."""
+    try:
+        code = cli.main(prog_name="lorafold", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"lorafold: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,147 @@
+"""`lorafold deployments`: the names that clients call, on a running server."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lorafold.cli.common import address_option, connected, json_option
+
+if TYPE_CHECKING:
+    from lorafold.v1.deployment_pb2 import Deployment, Policy
+
+POLICIES = click.Choice(["merged", "unmerged", "auto"])
+
+
+@click.group()
+def deployments() -> None:
+    """List, create, update and delete deployments."""
+
+
+@deployments.command("list")
+@json_option
+@address_option
+def list_all(as_json: bool, address: str) -> None:
+    """List every deployment."""
+    from lorafold.v1 import deployment_pb2 as pb
+
+    found: list[Deployment] = []
+    token = ""
+    with connected(address) as client:
+        while True:
+            page = client.stubs.deployments.ListDeployments(pb.ListDeploymentsRequest(page_token=token))
+            found.extend(page.deployments)
+            token = page.next_page_token
+            if not token:
+                break
+    if as_json:
+        click.echo(json.dumps([as_dict(item) for item in found]))
+        return
+    click.echo(f"{'NAME':<20} {'POLICY':<9} {'DIGEST':<13} {'KIND':<16} ADAPTER")
+    for item in found:
+        row = as_dict(item)
+        click.echo(
+            f"{row['name']:<20} {row['policy']:<9} {item.adapter_digest[:12]:<13} {row['kind']:<16} {row['adapter']}"
+        )
+
+
+@deployments.command()
+@click.argument("name")
+@json_option
+@address_option
+def get(name: str, as_json: bool, address: str) -> None:
+    """Show one deployment."""
+    from lorafold.v1 import deployment_pb2 as pb
+
+    with connected(address) as client:
+        show(client.stubs.deployments.GetDeployment(pb.GetDeploymentRequest(name=name)).deployment, as_json)
+
+
+@deployments.command()
+@click.argument("name")
+@click.option("--adapter", required=True, help="The PEFT folder.")
+@click.option("--policy", type=POLICIES, default="auto", show_default=True)
+@json_option
+@address_option
+def create(name: str, adapter: str, policy: str, as_json: bool, address: str) -> None:
+    """Make NAME callable."""
+    from lorafold.v1 import deployment_pb2 as pb
+
+    wanted = pb.Deployment(name=name, adapter_path=server_path(adapter), policy=policy_value(policy))
+    with connected(address) as client:
+        request = pb.CreateDeploymentRequest(deployment=wanted)
+        show(client.stubs.deployments.CreateDeployment(request).deployment, as_json)
+
+
+@deployments.command()
+@click.argument("name")
+@click.option("--adapter", help="Point at this PEFT folder.")
+@click.option("--policy", type=POLICIES, help="Change the policy.")
+@click.option("--etag", default="", help="Only if the deployment still has this etag.")
+@json_option
+@address_option
+def update(name: str, adapter: str | None, policy: str | None, etag: str, as_json: bool, address: str) -> None:
+    """Point NAME at another adapter, or change its policy; requests in flight finish on what they started with."""
+    from lorafold.v1 import deployment_pb2 as pb
+
+    if adapter is None and policy is None:
+        raise click.UsageError("nothing to change: give --adapter or --policy")
+    wanted = pb.Deployment(name=name, etag=etag)
+    if adapter is not None:
+        wanted.adapter_path = server_path(adapter)
+    if policy is not None:
+        wanted.policy = policy_value(policy)
+    with connected(address) as client:
+        request = pb.UpdateDeploymentRequest(deployment=wanted)
+        show(client.stubs.deployments.UpdateDeployment(request).deployment, as_json)
+
+
+@deployments.command()
+@click.argument("name")
+@address_option
+def delete(name: str, address: str) -> None:
+    """Remove NAME; requests in flight finish."""
+    from lorafold.v1 import deployment_pb2 as pb
+
+    with connected(address) as client:
+        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name))
+    click.echo(f"deleted {name}")
+
+
+def server_path(adapter: str) -> str:
+    """A folder that exists here becomes absolute; any other path is the server's to resolve."""
+    return str(Path(adapter).absolute()) if Path(adapter).is_dir() else adapter
+
+
+def policy_value(policy: str) -> "Policy.ValueType":
+    """The API's value for a word of the command line."""
+    from lorafold.v1.deployment_pb2 import Policy
+
+    return Policy.Value(f"POLICY_{policy.upper()}")
+
+
+def as_dict(item: "Deployment") -> dict[str, object]:
+    """A deployment, for people and for JSON."""
+    from lorafold.v1.deployment_pb2 import Policy
+
+    return {
+        "name": item.name,
+        "policy": Policy.Name(item.policy).removeprefix("POLICY_").lower(),
+        "adapter": item.adapter_path,
+        "adapter_digest": item.adapter_digest,
+        "kind": item.adapter_kind,
+        "bound": f"{item.bound_modules} of {item.adapter_modules} modules",
+        "etag": item.etag,
+        "updated": item.update_time.ToJsonString(),
+    }
+
+
+def show(item: "Deployment", as_json: bool) -> None:
+    """Prints one deployment."""
+    row = as_dict(item)
+    if as_json:
+        click.echo(json.dumps(row))
+        return
+    for key, value in row.items():
+        click.echo(f"{key:<15} {value}")

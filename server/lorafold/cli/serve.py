@@ -1,0 +1,108 @@
+"""`lorafold serve`: runs a server until it is told to stop."""
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from lorafold.config import Config
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), default="lorafold.toml")
+@click.option("--address", help="gRPC address, instead of the file's.")
+@click.option("--metrics-address", help="Prometheus address, instead of the file's.")
+@click.option("--device", help="cpu, cuda, cuda:1 ..., instead of the file's.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Format of the log on stderr.")
+def serve(
+    file: Path, address: str | None, metrics_address: str | None, device: str | None, log_format: str | None
+) -> None:
+    """Serve the base model and the deployments of FILE (default: lorafold.toml).
+
+    \b
+    A file needs only its first two lines:
+        [base]
+        model = "path/or/hub-name"        # any transformers decoder
+        [[deployments]]
+        name = "sql"                      # what clients call
+        adapter = "adapters/sql"          # a PEFT folder
+        policy = "auto"                   # merged, unmerged or auto
+
+    Ctrl-C or SIGTERM: requests in flight finish first; a second one ends at once.
+    """
+    from lorafold.config import load_config
+    from lorafold.logs import set_up_logging
+    from lorafold_adapters.errors import LorafoldError
+
+    try:
+        config = with_overrides(load_config(file), address, metrics_address, device, log_format)
+        set_up_logging(config.log)
+        failure = run(config)
+    except LorafoldError as error:
+        raise click.ClickException(str(error)) from error
+    if failure is not None:
+        raise click.ClickException(f"the engine died: {failure!r}; the log says more")
+
+
+def with_overrides(
+    config: "Config", address: str | None, metrics_address: str | None, device: str | None, log_format: str | None
+) -> "Config":
+    """The file's settings with the command line's over them. Raises ConfigError."""
+    from lorafold.config import parse_config
+
+    content = config.model_dump(exclude={"folder"}, mode="python")
+    for section, key, value in (
+        ("server", "address", address),
+        ("server", "metrics_address", metrics_address),
+        ("base", "device", device),
+        ("log", "format", log_format),
+    ):
+        if value is not None:
+            content[section][key] = value
+    return parse_config(content, config.folder / "the command line")
+
+
+def run(config: "Config") -> BaseException | None:
+    """Serves until a signal or the engine's death; returns what killed the engine, if something did."""
+    import uvloop
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve_until_told(config))
+
+
+async def serve_until_told(config: "Config") -> BaseException | None:
+    """The life of a server."""
+    from lorafold.app import start_app
+
+    start = time.perf_counter()
+    app = await start_app(config, click.echo)
+    click.echo(f"serving on {app.address} after {time.perf_counter() - start:.1f} s")
+    click.echo(f"metrics at http://{app.metrics_address}/metrics")
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told.set)
+    death = asyncio.create_task(app.wait_for_death())
+    signalled = asyncio.create_task(told.wait())
+    await asyncio.wait({death, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if death.done():
+        await app.stop(0)
+        return death.result()
+    click.echo("stopping: requests in flight finish first; a second signal ends at once")
+    told.clear()
+    stopping = asyncio.create_task(app.stop())
+    again = asyncio.create_task(told.wait())
+    await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not stopping.done():
+        await app.stop(0)
+    await stopping
+    click.echo("stopped")
+    return None
