@@ -1,7 +1,7 @@
 """Binds a checkpoint to a base: for each module of the base, what the adapter does to it.
 
-PEFT resolves names, patterns and scales on a skeleton of the model that holds no weights (`meta` device); the live model
-never becomes a PeftModel and is not touched. Binding is serialised: while PEFT builds its layers it patches
+PEFT resolves names, patterns and scales on a skeleton of the model that holds no weights (`meta` device); the live
+model never becomes a PeftModel and is not touched. Binding is serialised: while PEFT builds its layers it patches
 `nn.Module.register_parameter` for the whole process (peft#3605).
 """
 
@@ -11,9 +11,10 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
@@ -24,7 +25,9 @@ from lorafold_adapters.checkpoint import Checkpoint
 from lorafold_adapters.errors import AdapterCorrupt, AdapterError, AdapterUnsupported, BaseMismatch
 
 ADAPTER = "default"
-SHAPES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\(\[([\d, ]*)\]\).*?torch\.Size\(\[([\d, ]*)\]\)", re.DOTALL)
+SHAPES = re.compile(
+    r"size mismatch for (\S+): .*?torch\.Size\(\[([\d, ]*)\]\).*?torch\.Size\(\[([\d, ]*)\]\)", re.DOTALL
+)
 _one_at_a_time = threading.Lock()
 
 
@@ -82,7 +85,7 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel) -> BoundAdapter:
     modules = dict(model.named_modules())
     for name, update in updates.items():
         refuse_unserved_module(name, update, modules[name])
-    refuse_leftovers(checkpoint, updates)
+    refuse_leftovers(checkpoint, updates, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     return BoundAdapter(
         checkpoint=checkpoint,
         updates=updates,
@@ -91,8 +94,8 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel) -> BoundAdapter:
     )
 
 
-def resolve(checkpoint: Checkpoint, model: PreTrainedModel) -> PeftModel:
-    """A PeftModel without base weights that holds the checkpoint's own tensors."""
+def resolve(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.Module:
+    """The base as a PeftModel without base weights that holds the checkpoint's own tensors."""
     config = LoraConfig.from_peft_type(**{**checkpoint.options, "inference_mode": True})
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
@@ -103,12 +106,12 @@ def resolve(checkpoint: Checkpoint, model: PreTrainedModel) -> PeftModel:
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             # PEFT would move the tensors to the skeleton's device, where they would lose their values.
-            module._move_adapter_to_device_of_base_layer = lambda *_, **__: None
+            module.__dict__["_move_adapter_to_device_of_base_layer"] = lambda *_, **__: None
     try:
         set_peft_model_state_dict(peft_model, dict(checkpoint.tensors), low_cpu_mem_usage=True)
     except RuntimeError as error:
         raise shape_error(str(error)) from error
-    return peft_model
+    return cast(nn.Module, peft_model.get_base_model())
 
 
 REMEDY = "serve it on the base it was trained on"
@@ -135,10 +138,10 @@ def shape_error(message: str) -> AdapterError:
     return BaseMismatch(f"tensor '{name}' has shape {has}, this base needs {needs}: {REMEDY}")
 
 
-def collect(peft_model: PeftModel) -> dict[str, Update]:
+def collect(skeleton: nn.Module) -> dict[str, Update]:
     """The update of each module that PEFT put an adapter on."""
     updates: dict[str, Update] = {}
-    for name, module in peft_model.get_base_model().named_modules():
+    for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in module.scaling:
             updates[name] = collect_low_rank(name, module)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -147,10 +150,12 @@ def collect(peft_model: PeftModel) -> dict[str, Update]:
     return updates
 
 
-def collect_low_rank(name: str, module: LoraLayer) -> LowRank:
+def collect_low_rank(name: str, module: Any) -> LowRank:
     """Raises AdapterUnsupported for layers without A and B factors of a linear map."""
     if ADAPTER not in module.lora_A:
-        raise AdapterUnsupported(f"the adapter changes '{name}', an embedding, with LoRA: only linear layers are served")
+        raise AdapterUnsupported(
+            f"the adapter changes '{name}', an embedding, with LoRA: only linear layers are served"
+        )
     bias_O = module.lora_B[ADAPTER].bias
     magnitude = module.lora_magnitude_vector[ADAPTER].weight if ADAPTER in module.lora_magnitude_vector else None
     return LowRank(
@@ -179,10 +184,19 @@ def refuse_unserved_module(name: str, update: Update, module: nn.Module) -> None
         raise AdapterUnsupported(f"the adapter replaces '{name}', which has modules of its own: save those one by one")
 
 
-def refuse_leftovers(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> None:
-    """Raises BaseMismatch if a tensor of the checkpoint found no place in the base, or none did."""
+def refuse_leftovers(checkpoint: Checkpoint, updates: Mapping[str, Update], parameters: set[str]) -> None:
+    """Raises BaseMismatch if a tensor of the checkpoint found no place in the base, or none did.
+
+    Raises AdapterUnsupported if it is one of the base's own `parameters`, which PEFT saves along with resized embeddings.
+    """
     placed = {tensor.data_ptr() for update in updates.values() for tensor in tensors_of(update)}
     leftovers = [name for name, tensor in checkpoint.tensors.items() if tensor.data_ptr() not in placed]
+    own = [name for name in leftovers if base_name(name) in parameters]
+    if own:
+        raise AdapterUnsupported(
+            f"the adapter carries a copy of the base's own '{base_name(own[0])}': save it again with "
+            "save_embedding_layers=False, or with the embedding in modules_to_save if it was trained"
+        )
     if leftovers or not updates:
         raise BaseMismatch(
             f"{len(leftovers)} of the adapter's {len(checkpoint.tensors)} tensors have no place in this base, "
@@ -196,6 +210,11 @@ def tensors_of(update: Update) -> list[Tensor]:
         return list(update.parameters.values())
     optional = [tensor for tensor in (update.bias_O, update.magnitude_O) if tensor is not None]
     return [update.a_RI, update.b_OR, *optional]
+
+
+def base_name(tensor_name: str) -> str:
+    """The base's name of a tensor that PEFT saved out of the base itself."""
+    return tensor_name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def module_of(tensor_name: str) -> str:

@@ -131,7 +131,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterCorrupt(f"{file} holds no tensors: save the adapter again")
     for name, tensor in tensors.items():
         if tensor.dtype not in TENSOR_DTYPES:
-            raise AdapterCorrupt(f"tensor '{name}' in {file} is {tensor.dtype}: save it as float32, float16 or bfloat16")
+            raise AdapterCorrupt(
+                f"tensor '{name}' in {file} is {tensor.dtype}: save it as float32, float16 or bfloat16"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterCorrupt(f"tensor '{name}' in {file} has NaN or infinite values: the training run diverged")
     return tensors

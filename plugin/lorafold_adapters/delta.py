@@ -15,7 +15,8 @@ def low_rank_delta(a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
 
 def dora_gain(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor) -> Tensor:
     """`m / ||W + delta||` by row, as gain_O in fp32: the two-path form multiplies the layer's output by it."""
-    return magnitude_O.float() / torch.linalg.vector_norm(weight_OI.float() + delta_OI, dim=1)
+    norm_O: Tensor = torch.linalg.vector_norm(weight_OI.float() + delta_OI, dim=1)
+    return magnitude_O.float() / norm_O
 
 
 def folded_weight(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ Shapes in the names: T tokens of one span, R rank, I in-features, O out-features
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -69,7 +68,9 @@ class RoutingCell:
 class AdapterPath(Protocol):
     """What one adapter does at one module."""
 
-    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor: ...
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted outputs of one span, given its inputs and what the base makes of them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,16 +135,20 @@ class TwoPath(nn.Module):
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, then the low-rank path for the routed rows."""
-        outputs = super().forward(inputs, *args, **kwargs)  # type: ignore[misc]
+        outputs = super().forward(inputs, *args, **kwargs)
         site: Site = self.__dict__[SITE]
         routing = site.cell.current
         return outputs if routing is None else site.adapt(routing, inputs, outputs)
 
 
-@cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def two_path_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose instances route; one per class."""
-    return type(f"TwoPath{base.__name__}", (TwoPath, base), {"lorafold_base": base})
+    if base not in _classes:
+        _classes[base] = type(f"TwoPath{base.__name__}", (TwoPath, base), {"lorafold_base": base})
+    return _classes[base]
 
 
 def install(module: nn.Module, cell: RoutingCell, *, is_head: bool) -> Site:
@@ -173,16 +178,15 @@ def path_of(update: Update, module: nn.Module, pristine: dict[str, Tensor]) -> A
 
 def low_rank_path(update: LowRank, weight_OI: Tensor, bias_O: Tensor | None) -> LowRankPath:
     """Scales B once, in fp32, so that a forward pass does not have to."""
-    place = {"device": weight_OI.device, "dtype": weight_OI.dtype}
     a_RI, b_OR = update.a_RI.to(weight_OI.device), update.b_OR.to(weight_OI.device)
     gain_O = None
     if update.magnitude_O is not None:
         delta_OI = low_rank_delta(a_RI, b_OR, update.scaling)
-        gain_O = dora_gain(weight_OI, delta_OI, update.magnitude_O.to(weight_OI.device)).to(**place)
+        gain_O = dora_gain(weight_OI, delta_OI, update.magnitude_O.to(weight_OI.device)).to(weight_OI)
     return LowRankPath(
-        a_RI=a_RI.to(**place),
-        scaled_b_OR=(b_OR.float() * update.scaling).to(**place),
-        scaled_bias_O=None if update.bias_O is None else (update.bias_O.float() * update.scaling).to(**place),
+        a_RI=a_RI.to(weight_OI),
+        scaled_b_OR=(b_OR.float() * update.scaling).to(weight_OI),
+        scaled_bias_O=None if update.bias_O is None else (update.bias_O.float() * update.scaling).to(weight_OI),
         gain_O=gain_O,
         base_bias_O=bias_O if gain_O is not None else None,
     )

@@ -10,6 +10,9 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.errors import AdapterError
+from lorafold_adapters.policy import TurnTaking
 from prometheus_client import CollectorRegistry, start_http_server
 
 from lorafold.config import Config, local_model_path
@@ -27,9 +30,6 @@ from lorafold.services.generation import GenerationService
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
-from lorafold_adapters import AdapterManager
-from lorafold_adapters.errors import AdapterError
-from lorafold_adapters.policy import TurnTaking
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -152,9 +152,7 @@ def make_engine(
     return Engine(
         runner=Runner(base.model, manager, cache),
         weights=WeightsControl(manager, TurnTaking(config.policy.turn_seconds), metrics.weights_changed),
-        scheduler=Scheduler(
-            slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens
-        ),
+        scheduler=Scheduler(slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens),
         vocabulary=base.vocabulary(),
         observer=metrics,
         on_death=on_death,

@@ -1,7 +1,7 @@
 """Loads the base model and its tokenizer, and makes sure that our attention computes what the model means."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class LoadedBase:
     @property
     def vocabulary_size(self) -> int:
         """Token ids must be below this."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return vocabulary_size(self.model)
 
     def vocabulary(self) -> Vocabulary:
         """What the engine needs of it."""
@@ -50,17 +50,22 @@ class LoadedBase:
 
 def load_base(config: BaseConfig, path: str) -> LoadedBase:
     """Loads the base from `path`, a folder or a name on the hub. Raises ModelUnsupported."""
-    attention.register()
     device = torch.device(pick_device(config.device))
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelUnsupported(f"cannot load the base model '{path}': {first_line(error)}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    cast(torch.nn.Module, model).to(device).eval().requires_grad_(False)
     use_our_attention(model)
     return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model))
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: token ids must be below."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
 
 
 def first_line(error: Exception) -> str:
@@ -93,7 +98,8 @@ def use_our_attention(model: PreTrainedModel) -> None:
 
     Raises ModelUnsupported if the model has a part that our attention does not know.
     """
-    ids = torch.arange(PROBE_TOKENS, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    attention.register()
+    ids = torch.arange(PROBE_TOKENS, device=model.device) % vocabulary_size(model)
     name = type(model).__name__
     try:
         model.set_attn_implementation("eager")
@@ -114,7 +120,12 @@ def probe(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
     """Logits of a prompt read in two chunks and then two single tokens, through our attention."""
     cache = SlotCache(slots=2, length=PROBE_TOKENS)
     logits = []
-    for past, stop in ((0, 9), (9, PROBE_TOKENS - 2), (PROBE_TOKENS - 2, PROBE_TOKENS - 1), (PROBE_TOKENS - 1, PROBE_TOKENS)):
+    for past, stop in (
+        (0, 9),
+        (9, PROBE_TOKENS - 2),
+        (PROBE_TOKENS - 2, PROBE_TOKENS - 1),
+        (PROBE_TOKENS - 1, PROBE_TOKENS),
+    ):
         step = plan_step(cache, [(1, past, stop - past)], ids_T.device)
         part = model(input_ids=ids_T[None, past:stop], position_ids=step.position_T[None], use_cache=False, step=step)
         logits.append(part.logits[0])

@@ -125,5 +125,5 @@ class Failed:
 
 
 Event = Started | Delta | Finished | Failed
-Sink = Callable[[Event], None]
+Sink = Callable[[Event], object]
 """Takes a request's events. Called on the engine's thread: must not block."""

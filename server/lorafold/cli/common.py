@@ -31,5 +31,7 @@ def connected(address: str) -> "Iterator[Client]":
                 yield client
         except ServerError as error:
             if error.code == "UNAVAILABLE" and not error.reason:
-                raise click.ClickException(f"no server answers at {address}: start one with 'lorafold serve'") from error
+                raise click.ClickException(
+                    f"no server answers at {address}: start one with 'lorafold serve'"
+                ) from error
             raise click.ClickException(str(error)) from error

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorafold.cli.common import address_option, connected, json_option
 
 if TYPE_CHECKING:
-    from lorafold.v1.deployment_pb2 import Deployment, Policy
+    from lorafold.v1.deployment_pb2 import Deployment
 
 POLICIES = click.Choice(["merged", "unmerged", "auto"])
 
@@ -114,7 +114,7 @@ def server_path(adapter: str) -> str:
     return str(Path(adapter).absolute()) if Path(adapter).is_dir() else adapter
 
 
-def policy_value(policy: str) -> "Policy.ValueType":
+def policy_value(policy: str) -> Any:
     """The API's value for a word of the command line."""
     from lorafold.v1.deployment_pb2 import Policy
 

@@ -29,7 +29,7 @@ def make_demo_set(folder: Path, *, seed: int = 0, base_steps: int = BASE_STEPS, 
     model = LlamaForCausalLM(small_llama(tokenizer))
     with Progress() as progress:
         train(model, tokenizer, lambda text: text, base_steps, BASE_BATCH, BASE_RATE, f"base-{seed}", progress)
-        model.save_pretrained(folder / "base")
+        model.save_pretrained(str(folder / "base"))
         tokenizer.save_pretrained(folder / "base")
         for name, task in TASKS.items():
             torch.manual_seed(seed)
@@ -37,7 +37,8 @@ def make_demo_set(folder: Path, *, seed: int = 0, base_steps: int = BASE_STEPS, 
             adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **task.lora))
             train(adapted, tokenizer, task.rule, steps, ADAPTER_BATCH, ADAPTER_RATE, f"{name}-{seed}", progress)
             adapted.peft_config["default"].base_model_name_or_path = "base"
-            adapted.save_pretrained(folder / name)
+            adapted.save_pretrained(str(folder / name))
+            (folder / name / "README.md").unlink()
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -104,8 +105,12 @@ async def relay_output(process: asyncio.subprocess.Process) -> None:
 
 def check(outcomes: list[Outcome], folder: Path) -> list[Outcome]:
     """The outcomes that differ from PEFT: whole answers token for token, cancelled ones as far as they got."""
+    from transformers.utils import logging as transformers_logging
+
     from lorafold.demo.reference import Reference
 
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # Libraries to each other; nothing to do with the demo.
     reference = Reference(folder / "base")
     wrong = []
     for outcome in outcomes:
@@ -142,4 +147,4 @@ def print_table(outcomes: list[Outcome], wrong: list[Outcome]) -> None:
             str(sum(outcome in wrong for outcome in own)),
             f"{matches.get(name, 0.0):.0%}",
         )
-    Console().print(table)
+    Console(width=110).print(table)

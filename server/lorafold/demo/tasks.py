@@ -41,7 +41,7 @@ def shift(text: str) -> str:
 
 def mask_vowels(text: str) -> str:
     """Vowels become underscores."""
-    return text.translate(str.maketrans(dict.fromkeys("aeiouAEIOU", "_")))
+    return text.translate(str.maketrans("aeiouAEIOU", "_" * 10))
 
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

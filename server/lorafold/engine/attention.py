@@ -4,8 +4,8 @@ A step packs tokens of many sequences into one row [1, T]. Each token's key and 
 cache; then every sequence attends to its own slot only. No mask function is registered under our name, so the model
 builds no mask and hands us `step`, the plan of the batch, with the keywords of its forward.
 
-Shapes in the names: T packed tokens, B decoding sequences, N tokens of one prompt chunk, L cached length, H query heads,
-K key-value heads, D head width.
+Shapes in the names: T packed tokens, B decoding sequences, N tokens of one prompt chunk, L cached length,
+H query heads, K key-value heads, D head width.
 """
 
 from typing import Any
@@ -114,5 +114,5 @@ def scaled_dot_product(
 
 
 def register() -> None:
-    """Makes the function known to transformers as `attn_implementation="lorafold"`; once per process is enough."""
+    """Makes the function known to transformers as `attn_implementation="lorafold"`; again does no harm."""
     AttentionInterface.register(NAME, attend)

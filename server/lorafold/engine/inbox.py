@@ -8,8 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lorafold.errors import EngineStopped
 from lorafold_adapters.errors import BaseCorrupt
+
+from lorafold.errors import EngineStopped
 
 T = TypeVar("T")
 GONE = "the server is stopping or its engine has failed: send the request to another one"
@@ -19,8 +20,8 @@ GONE = "the server is stopping or its engine has failed: send the request to ano
 class Command:
     """Something to do on the engine's thread."""
 
-    run: Callable[[], None]
-    refuse: Callable[[EngineStopped], None]
+    run: Callable[[], object]
+    refuse: Callable[[EngineStopped], object]
     """Called instead, on any thread, if the engine is gone."""
 
 

@@ -69,7 +69,10 @@ LENGTH_BUCKET = 64
 
 def plan_step(cache: SlotCache, parts: list[tuple[int, int, int]], device: torch.device) -> Step:
     """The step that runs `parts` = (slot, tokens cached already, tokens to run) in this order."""
-    slots, positions, decoding, chunks = [], [], [], []
+    slots: list[int] = []
+    positions: list[int] = []
+    decoding: list[int] = []
+    chunks: list[Chunk] = []
     longest = start = 0
     for slot, past, tokens in parts:
         slots += [slot] * tokens

@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 import structlog
+from lorafold_adapters.errors import BaseCorrupt, LorafoldError
+from lorafold_adapters.policy import Lane, Mode, PolicyKind
 from torch import Tensor
 
 from lorafold.engine import emit
@@ -22,8 +24,6 @@ from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import DeadlineExceeded, EngineStopped, StepFailed
 from lorafold.requests import Failed, Provenance, Request, Sink
-from lorafold_adapters.errors import BaseCorrupt, LorafoldError
-from lorafold_adapters.policy import Lane, Mode, PolicyKind
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -52,7 +52,7 @@ class Engine:
         scheduler: Scheduler,
         vocabulary: Vocabulary,
         observer: Observer,
-        on_death: Callable[[BaseException | None], None],
+        on_death: Callable[[BaseException | None], object],
     ) -> None:
         self.weights = weights
         """Only for functions handed to `call`."""
@@ -162,13 +162,16 @@ class Engine:
                 self._fail(row, DeadlineExceeded("the request's deadline passed: allow more time or fewer max_tokens"))
 
     def _tidy(self) -> None:
+        self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running))
-        self.weights.sweep({row.request.adapter for row in self._scheduler.rows})
+        self.weights.sweep({row.request.adapter for row in self._scheduler.rows if row.request.adapter is not None})
 
     def _step(self) -> None:
         """Plan, schedule, run, emit."""
         lanes = self._scheduler.lanes
-        self._scheduler.admit(lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()), self.now())
+        self._scheduler.admit(
+            lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()), self.now()
+        )
         if not lanes():
             return
         start = self.now()
@@ -215,7 +218,9 @@ class Engine:
             log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
             for part in parts:
                 if part.row in self._scheduler.running:
-                    self._fail(part.row, StepFailed(f"the model failed on this batch ({error}): send the request again"))
+                    self._fail(
+                        part.row, StepFailed(f"the model failed on this batch ({error}): send the request again")
+                    )
             return
         prompt = sum(part.tokens for part in parts if not part.row.generated)
         self._observer.step(self._mode(parts[0].row, lane), prompt, len(sampling), self.now() - start)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from lorafold_adapters import AdapterManager
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.engine.kv_cache import SlotCache, plan_step
-from lorafold_adapters import AdapterManager
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,8 @@ class Runner:
             logits_SV = self._model(**forward).logits[0]
         asked = [index for index in order if pieces[index].samples]
         back = sorted(range(len(asked)), key=asked.__getitem__)
-        return logits_SV[torch.tensor(back, dtype=torch.int64, device=device)].float()
+        chosen_SV: Tensor = logits_SV[torch.tensor(back, dtype=torch.int64, device=device)]
+        return chosen_SV.float()
 
     @staticmethod
     def _ends(batch: list[Piece]) -> tuple[list[int], list[str | None]]:

@@ -9,10 +9,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from lorafold_adapters.policy import Lane
+
 from lorafold.engine.detokenize import TextStream
 from lorafold.errors import QueueFull
 from lorafold.requests import Request, Sink
-from lorafold_adapters.policy import Lane
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +63,7 @@ class Scheduler:
     """At most `slots` rows run, at most `max_waiting` wait."""
 
     def __init__(self, *, slots: int, max_waiting: int, prefill_tokens: int) -> None:
+        self._slots = slots
         self._free = list(range(slots))[::-1]
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
@@ -119,6 +121,6 @@ class Scheduler:
                 budget -= tokens
         return parts
 
-    def check_integrity(self, slots: int) -> None:
-        """When nothing runs, every slot is free again."""
-        assert sorted(self._free) == list(range(slots)) and not self._running
+    def check_integrity(self) -> None:
+        """Every slot is either free or one row's."""
+        assert sorted([*self._free, *(row.slot for row in self._running.values())]) == list(range(self._slots))

@@ -102,9 +102,7 @@ class WeightsControl:
         if self._pinned is not None:
             self._change(self._pinned, "held by MergeAdapter")
         base = self._manager.base
-        return Verification(
-            tensors=len(base.tensors), mismatched=tuple(mismatched), base_fingerprint=base.digest
-        )
+        return Verification(tensors=len(base.tensors), mismatched=tuple(mismatched), base_fingerprint=base.digest)
 
     def acquire(self, bound: BoundAdapter) -> None:
         """One more deployment points at this adapter; it is put on the device if it is not there yet."""

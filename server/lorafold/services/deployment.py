@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
+from lorafold_adapters.policy import PolicyKind
 
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import InvalidField
@@ -12,7 +13,6 @@ from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold.v1 import deployment_pb2_grpc
-from lorafold_adapters.policy import PolicyKind
 
 Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_PAGE, MAX_PAGE = 50, 1000
@@ -50,9 +50,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
             refuse_unknown_fields(request)
             return pb.GetDeploymentResponse(deployment=message_of(self._deployments.get(request.name)))
 
-    async def ListDeployments(
-        self, request: pb.ListDeploymentsRequest, context: Context
-    ) -> pb.ListDeploymentsResponse:
+    async def ListDeployments(self, request: pb.ListDeploymentsRequest, context: Context) -> pb.ListDeploymentsResponse:
         """A page of them in the order of their names; a page token is the last name of the page before."""
         async with translated(context):
             refuse_unknown_fields(request)

@@ -1,5 +1,7 @@
 """Checks that services share: a field the server does not know would be ignored, and the caller would never learn."""
 
+from typing import Any, cast
+
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -8,7 +10,7 @@ from lorafold.errors import InvalidField
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
     """Raises InvalidField if `message`, or a message in it, has a field that this server's API does not have."""
-    unknown = [field.field_number for field in UnknownFieldSet(message)]
+    unknown = [field.field_number for field in cast(Any, UnknownFieldSet(message))]
     if unknown:
         raise InvalidField(
             path or type(message).__name__,

@@ -27,7 +27,13 @@ class RequestBuilder:
         """Tokens of prompt and answer together."""
 
     def build(
-        self, spec: pb.GenerationSpec, request_id: str, prompt: Sequence[int], target: Target, now: float, time_left: float | None
+        self,
+        spec: pb.GenerationSpec,
+        request_id: str,
+        prompt: Sequence[int],
+        target: Target,
+        now: float,
+        time_left: float | None,
     ) -> Request:
         """The request for the engine. Raises InvalidField."""
         return Request(
@@ -64,7 +70,8 @@ class RequestBuilder:
             raise InvalidField(given[0], "the prompt is empty: give at least one token")
         if len(ids) >= self.context:
             raise InvalidField(
-                given[0], f"the prompt has {len(ids)} tokens, the context {self.context}: shorten it by {len(ids) - self.context + 1}"
+                given[0],
+                f"the prompt has {len(ids)} tokens, the context {self.context}: send at most {self.context - 1}",
             )
         return ids
 
@@ -104,7 +111,7 @@ class RequestBuilder:
         if spec.max_tokens > room:
             raise InvalidField(
                 "spec.max_tokens",
-                f"is {spec.max_tokens}, but {prompt} prompt tokens leave room for {room} in a context of {self.context}",
+                f"is {spec.max_tokens}, but {prompt} prompt tokens leave {room} of {self.context}: ask for less",
             )
         return spec.max_tokens
 
@@ -121,7 +128,9 @@ def sampling(spec: pb.GenerationSpec) -> Sampling:
     if not given.HasField("temperature"):
         for name in ("top_k", "top_p", "seed"):
             if given.HasField(name):
-                raise InvalidField(f"spec.sampling.{name}", "has no effect without a temperature: set one, or 0 for greedy")
+                raise InvalidField(
+                    f"spec.sampling.{name}", "has no effect without a temperature: set one, or 0 for greedy"
+                )
     if temperature == 0.0:
         return Sampling()
     seed = given.seed if given.HasField("seed") else secrets.randbits(63)
@@ -134,7 +143,9 @@ def stop_strings(spec: pb.GenerationSpec) -> tuple[str, ...]:
         raise InvalidField("spec.stop", f"has {len(spec.stop)} strings: give at most {MAX_STOP_STRINGS}")
     for stop in spec.stop:
         if not 0 < len(stop) <= MAX_STOP_LENGTH:
-            raise InvalidField("spec.stop", f"has a string of {len(stop)} characters: 1 to {MAX_STOP_LENGTH} are possible")
+            raise InvalidField(
+                "spec.stop", f"has a string of {len(stop)} characters: 1 to {MAX_STOP_LENGTH} are possible"
+            )
     return tuple(spec.stop)
 
 

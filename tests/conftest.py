@@ -1,0 +1,116 @@
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafold.app import App, start_app
+from lorafold.cli.demo import shipped_set
+from lorafold.client import Client
+from lorafold.config import Config, DeploymentConfig, parse_config
+from lorafold.demo.reference import Reference
+from tests.models import save_adapter, tiny_llama, tiny_qwen
+
+torch.set_num_threads(2)
+DEMO = shipped_set()
+POLICIES = {"upper": "merged", "rot13": "unmerged", "shift": "unmerged", "swapcase": "auto", "vowels": "merged"}
+
+
+class RunningServer:
+    """A real server in this process, on a loop of its own."""
+
+    def __init__(self, app: App, loop: asyncio.AbstractEventLoop) -> None:
+        self.app = app
+        self.loop = loop
+        self.address = app.address
+        self.client = Client(app.address)
+
+    def stop(self, grace: float = 0.0) -> None:
+        self.client.close()
+        asyncio.run_coroutine_threadsafe(self.app.stop(grace), self.loop).result(timeout=60)
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[RunningServer]:
+    """A server for `config`, stopped at the end."""
+    started: Future[RunningServer] = Future()
+    over = threading.Event()
+
+    async def live() -> None:
+        try:
+            app = await start_app(config)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(RunningServer(app, asyncio.get_running_loop()))
+        await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(live()))
+    thread.start()
+    try:
+        server = started.result(timeout=120)
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        over.set()
+        thread.join()
+
+
+def demo_config(**sections: object) -> Config:
+    """The demo set on free ports, with every policy in use."""
+    content: dict[str, object] = {
+        "base": {"model": str(DEMO / "base"), "device": "cpu"},
+        "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"},
+        "engine": {"max_batch": 8, "max_context": 512},
+        "policy": {"turn_seconds": 0.02},
+        "deployments": [
+            {"name": name, "adapter": str(DEMO / name), "policy": policy} for name, policy in POLICIES.items()
+        ],
+    }
+    return parse_config({**content, **sections}, Path("test.toml"))
+
+
+def deployment(name: str, adapter: Path, policy: str) -> DeploymentConfig:
+    return DeploymentConfig.model_validate({"name": name, "adapter": str(adapter), "policy": policy})
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    with serving(demo_config()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: RunningServer) -> Client:
+    return server.client
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    return Reference(DEMO / "base")
+
+
+@pytest.fixture(scope="session")
+def adapter_on_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a PEFT checkpoint on tiny_llama() from LoraConfig arguments."""
+
+    def make(seed: int = 1, **config: object) -> Path:
+        return save_adapter(tiny_llama(), tmp_path_factory.mktemp("adapter"), seed, **config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapter_on_qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a PEFT checkpoint on tiny_qwen() from LoraConfig arguments."""
+
+    def make(seed: int = 1, **config: object) -> Path:
+        return save_adapter(tiny_qwen(), tmp_path_factory.mktemp("adapter"), seed, **config)
+
+    return make

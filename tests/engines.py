@@ -1,0 +1,104 @@
+"""An engine without a server: requests in, events out."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafold.engine.emit import Vocabulary
+from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.loop import Engine
+from lorafold.engine.runner import Runner
+from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.weights import Change, WeightsControl
+from lorafold.model import use_our_attention
+from lorafold.requests import Delta, Event, Failed, Finished, Request
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.policy import Mode, PolicyKind, TurnTaking
+
+
+@dataclass
+class Collected:
+    """The events of one request."""
+
+    events: list[Event] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Finished | Failed):
+            self.done.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token_id for event in self.events if isinstance(event, Delta)]
+
+    @property
+    def last(self) -> Event:
+        assert self.done.wait(60)
+        return self.events[-1]
+
+
+@dataclass
+class Recorder:
+    """Observer and on_change in one: what the engine told."""
+
+    steps: list[Mode] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    death: list[BaseException | None] = field(default_factory=list)
+
+    def step(self, mode: Mode, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
+        self.steps.append(mode)
+
+    def queues(self, waiting: int, running: int) -> None:
+        pass
+
+
+class Bench:
+    """One model with an engine on it. Use as a context manager."""
+
+    def __init__(self, model: Any, *, slots: int = 8, length: int = 512, prefill: int = 64, turn: float = 0.01) -> None:
+        use_our_attention(model)
+        self.model = model
+        self.manager = AdapterManager(model)
+        self.recorder = Recorder()
+        self.runner = Runner(model, self.manager, SlotCache(slots=slots, length=length))
+        self.scheduler = Scheduler(slots=slots, max_waiting=1000, prefill_tokens=prefill)
+        self.engine = Engine(
+            runner=self.runner,
+            weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append),
+            scheduler=self.scheduler,
+            vocabulary=Vocabulary(decode=lambda ids: "x" * len(ids), end_of_sequence=frozenset()),
+            observer=self.recorder,
+            on_death=self.recorder.death.append,
+        )
+
+    def __enter__(self) -> "Bench":
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.stop()
+
+    def load(self, adapter: Any) -> str:
+        """Puts an adapter on the model; its digest."""
+        bound = self.manager.bind(adapter)
+        self.engine.call(lambda: self.engine.weights.acquire(bound)).result(60)
+        return bound.digest
+
+    def submit(self, name: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> Collected:
+        request = Request(
+            **{
+                "id": name,
+                "deployment": "d",
+                "adapter": None,
+                "policy": PolicyKind.UNMERGED,
+                "prompt": tuple(prompt),
+                "max_tokens": max_tokens,
+                "arrived": self.engine.now(),
+                **fields,
+            }
+        )
+        collected = Collected()
+        self.engine.submit(request, collected)
+        return collected

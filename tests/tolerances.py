@@ -1,0 +1,14 @@
+"""How far two computations of the same thing may lie apart, and why."""
+
+import torch
+
+# Largest difference of logits over the largest logit. The same products summed in another order: some units in the last
+# place (2**-24 of fp32, 2**-11 of fp16, 2**-8 of bf16), grown by the depth of the tiny models here.
+LOGITS = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# Largest difference of a folded weight from PEFT's, over the largest weight: both round once to the dtype, from deltas
+# that were summed in another order, so they may land on neighbours.
+WEIGHTS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+# An adapter that has no effect would pass any comparison: it must move the logits by at least this share.
+EFFECT = 1e-2
