@@ -1,4 +1,5 @@
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,11 +12,13 @@ import torch
 from lorafold.app import App, start_app
 from lorafold.cli.demo import shipped_set
 from lorafold.client import Client
-from lorafold.config import Config, DeploymentConfig, parse_config
+from lorafold.config import Config, DeploymentConfig, LogConfig, parse_config
 from lorafold.demo.reference import Reference
+from lorafold.logs import set_up_logging
 from tests.models import save_adapter, tiny_llama, tiny_qwen
 
 torch.set_num_threads(2)
+set_up_logging(LogConfig(), sys.stderr)
 DEMO = shipped_set()
 POLICIES = {"upper": "merged", "rot13": "unmerged", "shift": "unmerged", "swapcase": "auto", "vowels": "merged"}
 

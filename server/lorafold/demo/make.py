@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorafold.demo.tasks import ALPHABET, TASKS, Rule, random_text
+from lorafold.demo.tasks import ALPHABET, TASKS, TRAINED_LENGTHS, Rule, random_text
 
 PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
 BASE_STEPS, BASE_BATCH, BASE_RATE = 900, 128, 3e-3
@@ -93,7 +93,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in progress.track(range(steps), description=name):
-        ids, labels = batch_of(tokenizer, [random_text(rng) for _ in range(batch)], rule)
+        ids, labels = batch_of(tokenizer, [random_text(rng, TRAINED_LENGTHS) for _ in range(batch)], rule)
         loss = model(input_ids=ids, labels=labels, attention_mask=ids != tokenizer.pad_token_id).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -198,6 +198,7 @@ class Engine:
 
     def _run(self, parts: list[Part], lane: Lane) -> None:
         start = self.now()
+        prompt = sum(part.tokens for part in parts if not part.row.generated)
         pieces = [
             Piece(
                 tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
@@ -222,7 +223,6 @@ class Engine:
                         part.row, StepFailed(f"the model failed on this batch ({error}): send the request again")
                     )
             return
-        prompt = sum(part.tokens for part in parts if not part.row.generated)
         self._observer.step(self._mode(parts[0].row, lane), prompt, len(sampling), self.now() - start)
 
     def _extend(self, rows: list[Row], logits_SV: Tensor, lane: Lane) -> None:
@@ -257,4 +257,7 @@ class Engine:
 
     def _fail(self, row: Row, error: LorafoldError) -> None:
         self._scheduler.remove(row)
-        row.sink(Failed(error))
+        try:
+            row.sink(Failed(error))
+        except Exception:
+            log.error("nobody to tell", request=row.request.id, exc_info=True)

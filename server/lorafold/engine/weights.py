@@ -5,7 +5,7 @@ adapters that come and go. Knows no requests, only lanes.
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
@@ -88,7 +88,7 @@ class WeightsControl:
         """Folds `adapter` and keeps it folded over the policy. Raises what `merge_adapter` raises."""
         change = self._change(adapter, "held by MergeAdapter")
         self._pinned = adapter
-        return change
+        return replace(change, state=self.state)
 
     def unpin(self) -> Change:
         """Gives the base back and the weights to the policy again."""

@@ -16,12 +16,12 @@ from lorafold.v1 import deployment_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_PAGE, MAX_PAGE = 50, 1000
-KINDS = {
-    pb.POLICY_MERGED: PolicyKind.MERGED,
-    pb.POLICY_UNMERGED: PolicyKind.UNMERGED,
-    pb.POLICY_AUTO: PolicyKind.AUTO,
+POLICIES = {
+    PolicyKind.MERGED: pb.POLICY_MERGED,
+    PolicyKind.UNMERGED: pb.POLICY_UNMERGED,
+    PolicyKind.AUTO: pb.POLICY_AUTO,
 }
-POLICIES = {kind: value for value, kind in KINDS.items()}
+KINDS: dict[int, PolicyKind] = {value: kind for kind, value in POLICIES.items()}
 MASK = ("adapter_path", "policy")
 
 
@@ -97,7 +97,7 @@ def policy_of(value: int) -> PolicyKind | None:
         return None
     if value not in KINDS:
         raise InvalidField("deployment.policy", f"{value} is no policy: use MERGED, UNMERGED or AUTO")
-    return KINDS[pb.Policy(value)]
+    return KINDS[value]
 
 
 def path_of(wanted: pb.Deployment) -> str:

@@ -1,0 +1,221 @@
+"""The command line as a person uses it: real processes, real sockets, one sentence for each mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorafold.client import Client
+from tests.conftest import DEMO
+
+Run = subprocess.CompletedProcess[str]
+
+
+def lorafold(*arguments: str, stdin: str = "", **environment: str) -> Run:
+    return subprocess.run(
+        [sys.executable, "-m", "lorafold", *arguments],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=100,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def config_file(folder: Path, extra: str = "") -> Path:
+    file = folder / "lorafold.toml"
+    file.write_text(
+        f'[base]\nmodel = "{DEMO / "base"}"\n[server]\naddress = "127.0.0.1:0"\nmetrics_address = "127.0.0.1:0"\n'
+        f'[[deployments]]\nname = "upper"\nadapter = "{DEMO / "upper"}"\npolicy = "merged"\n{extra}'
+    )
+    return file
+
+
+class Serve:
+    """A `lorafold serve` process that answers."""
+
+    def __init__(self, file: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lorafold", "serve", str(file), "--log-format", "json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.said: list[str] = []
+        for line in self.process.stdout:
+            self.said.append(line.rstrip())
+            if line.startswith("serving on "):
+                break
+        self.address = self.said[-1].split()[2]
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        out, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    running = Serve(config_file(tmp_path_factory.mktemp("serve")))
+    yield running
+    code, said = running.stop()
+    assert code == 0
+    assert "stopped" in said
+
+
+def test_serve_says_what_it_is_doing(serve: Serve) -> None:
+    said = "\n".join(serve.said)
+    for words in ("loaded the base", "fingerprint", "deployed upper: merged", "bound 28 of 28 modules", "serving on"):
+        assert words in said
+
+
+def test_generate_prints_the_answer(serve: Serve) -> None:
+    done = lorafold("generate", "--deployment", "upper", "some text", "--address", serve.address)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SOME TEXT\n", "")
+    piped = lorafold("generate", "-d", "upper", "-", stdin="some text", LORAFOLD_ADDRESS=serve.address)
+    assert piped.stdout == "SOME TEXT\n"
+
+
+def test_generate_as_json_says_what_answered(serve: Serve) -> None:
+    done = lorafold("generate", "-d", "upper", "some text", "--json", "--chat", "--address", serve.address)
+    answer = json.loads(done.stdout)
+    assert answer["text"] == "SOME TEXT"
+    assert (answer["mode"], answer["deployment"], answer["finish_reason"]) == ("merged", "upper", "end_of_sequence")
+
+
+def test_deployments_from_create_to_delete(serve: Serve) -> None:
+    where = ("--address", serve.address)
+    made = lorafold("deployments", "create", "it", "--adapter", str(DEMO / "rot13"), "--policy", "unmerged", *where)
+    assert made.returncode == 0, made.stderr
+    assert "28 of 28 modules" in made.stdout
+    assert lorafold("generate", "-d", "it", "Hello there", *where).stdout == "Uryyb gurer\n"
+    listed = json.loads(lorafold("deployments", "list", "--json", *where).stdout)
+    assert [(item["name"], item["policy"]) for item in listed] == [("it", "unmerged"), ("upper", "merged")]
+    assert "rot13" in lorafold("deployments", "list", *where).stdout
+    changed = lorafold("deployments", "update", "it", "--adapter", str(DEMO / "shift"), *where)
+    assert changed.returncode == 0, changed.stderr
+    assert lorafold("generate", "-d", "it", "Hello there", *where).stdout == "Ifmmp uifsf\n"
+    assert json.loads(lorafold("deployments", "get", "it", "--json", *where).stdout)["kind"] == "LORA+dora"
+    assert lorafold("deployments", "delete", "it", *where).stdout == "deleted it\n"
+    assert "'it'" in lorafold("generate", "-d", "it", "Hello", *where).stderr
+
+
+def test_weights_by_hand(serve: Serve) -> None:
+    where = ("--address", serve.address)
+    assert json.loads(lorafold("weights", "merge", "upper", *where).stdout)["fold_state"]["pinned"]
+    assert json.loads(lorafold("weights", "state", *where).stdout)["fold_state"]["deployments"] == ["upper"]
+    assert json.loads(lorafold("weights", "unmerge", *where).stdout)["fold_state"]["adapter_digest"] == ""
+    verified = lorafold("weights", "verify", *where)
+    assert verified.returncode == 0
+    assert json.loads(verified.stdout)["restored"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "-d", "nobody", "x"], "no deployment is named 'nobody'"),
+        (["generate", "x", "--temperature", "-1"], "spec.sampling.temperature"),
+        (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", ""], "empty"),
+        (["deployments", "create", "x", "--adapter", "no/such/folder"], "no adapter folder"),
+        (["deployments", "create", "x y", "--adapter", "z"], "'x y'"),
+        (["deployments", "update", "upper"], "nothing to change"),
+        (["deployments", "create", "x"], "--adapter"),
+        (["deployments", "create", "x", "--adapter", "y", "--policy", "sometimes"], "sometimes"),
+        (["weights", "merge", "nobody"], "'nobody'"),
+        (["generate", "x", "--no-such-option"], "--no-such-option"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], words: str, serve: Serve) -> None:
+    done = lorafold(*arguments, LORAFOLD_ADDRESS=serve.address)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_no_server_is_one_sentence() -> None:
+    done = lorafold("generate", "x", "--address", "127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr == "lorafold: no server answers at 127.0.0.1:9: start one with 'lorafold serve'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[base]\nmodle = 1", "base.model"),
+        ('[base]\nmodel = "no/such/model"', "no/such/model"),
+        (f'[base]\nmodel = "{DEMO / "base"}"\ndevice = "cuda:7"', "cuda"),
+        (
+            f'[base]\nmodel = "{DEMO / "base"}"\n[[deployments]]\nname = "x"\nadapter = "nowhere"',
+            "deployment 'x': there is no adapter folder",
+        ),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_sentence(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "lorafold.toml"
+    file.write_text(text)
+    done = lorafold(
+        "serve", str(file), "--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_taken_port_is_one_sentence(serve: Serve, tmp_path: Path) -> None:
+    done = lorafold("serve", str(config_file(tmp_path)), "--address", serve.address)
+    assert done.returncode == 1
+    assert serve.address in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_help_fits_on_one_screen() -> None:
+    for arguments in (["--help"], ["serve", "--help"], ["generate", "--help"], ["deployments", "--help"]):
+        done = lorafold(*arguments)
+        assert done.returncode == 0
+        assert 5 < len(done.stdout.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str) -> None:
+    done = lorafold("completion", shell)
+    assert done.returncode == 0
+    assert "_LORAFOLD_COMPLETE" in done.stdout
+    completed = lorafold(_LORAFOLD_COMPLETE="bash_complete", COMP_WORDS="lorafold dep", COMP_CWORD="1")
+    assert completed.stdout.strip() == "plain,deployments"
+
+
+def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path) -> None:
+    running = Serve(config_file(tmp_path))
+    with Client(running.address) as client:
+        expected = client.generate("abcdefghijklmnop", deployment="upper").text
+        stream = iter(client.stream("abcdefghijklmnop", deployment="upper"))
+        first = next(stream)
+        running.process.send_signal(signal.SIGTERM)
+        assert first + "".join(stream) == expected == "ABCDEFGHIJKLMNOP"
+    assert running.wait()[0] == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    running = Serve(config_file(tmp_path))
+    with Client(running.address) as client:
+        stream = iter(client.stream("abcdef", temperature=100.0, seed=1, max_tokens=400, stop=["\0"]))
+        next(stream)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.stdout is not None
+        while not running.process.stdout.readline().startswith("stopping"):
+            pass
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait()[0] == 0
