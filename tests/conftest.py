@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def reference() -> Reference:
 def adapter_on_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a PEFT checkpoint on tiny_llama() from LoraConfig arguments."""
 
-    def make(seed: int = 1, **config: object) -> Path:
+    def make(seed: int = 1, **config: Any) -> Path:
         return save_adapter(tiny_llama(), tmp_path_factory.mktemp("adapter"), seed, **config)
 
     return make
@@ -113,7 +114,7 @@ def adapter_on_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 def adapter_on_qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a PEFT checkpoint on tiny_qwen() from LoraConfig arguments."""
 
-    def make(seed: int = 1, **config: object) -> Path:
+    def make(seed: int = 1, **config: Any) -> Path:
         return save_adapter(tiny_qwen(), tmp_path_factory.mktemp("adapter"), seed, **config)
 
     return make

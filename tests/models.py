@@ -46,7 +46,7 @@ BIASED_KINDS: dict[str, dict[str, Any]] = {
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """Random weights; no biases, untied embeddings."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).to(dtype).eval().requires_grad_(False)
+    return frozen(LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})), dtype)
 
 
 def tiny_qwen(seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -56,7 +56,14 @@ def tiny_qwen(seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
-    return model.to(dtype).eval().requires_grad_(False)
+    return frozen(model, dtype)
+
+
+def frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `dtype`, for inference."""
+    torch.nn.Module.to(model, dtype=dtype)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def save_adapter(

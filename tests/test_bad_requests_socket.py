@@ -113,7 +113,7 @@ def test_a_field_this_server_does_not_know_is_refused(client: Client) -> None:
 
 def test_bytes_that_are_no_message_end_that_call_alone(server: RunningServer, client: Client) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        call = channel.unary_unary("/lorafold.v1.GenerationService/Generate")
+        call: Any = channel.unary_unary("/lorafold.v1.GenerationService/Generate")
         with pytest.raises(grpc.RpcError):
             call(b"\xff\xff\xff")
     assert client.generate("abcdef").text == "abcdef"

@@ -28,7 +28,7 @@ def set_options(adapter: Path, **options: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
 
 
-def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     file = adapter / "adapter_model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)

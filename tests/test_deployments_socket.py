@@ -29,15 +29,19 @@ def own() -> Iterator[RunningServer]:
 
 
 def create(client: Client, name: str, adapter: Path | str, policy: str = "unmerged") -> pb.Deployment:
-    wanted = pb.Deployment(name=name, adapter_path=str(adapter), policy=pb.Policy.Value(f"POLICY_{policy.upper()}"))
+    wanted = pb.Deployment(name=name, adapter_path=str(adapter), policy=f"POLICY_{policy.upper()}")
     with translated():
-        return client.stubs.deployments.CreateDeployment(pb.CreateDeploymentRequest(deployment=wanted)).deployment
+        response = client.stubs.deployments.CreateDeployment(pb.CreateDeploymentRequest(deployment=wanted))
+    made: pb.Deployment = response.deployment
+    return made
 
 
 def update(client: Client, name: str, etag: str = "", **fields: Any) -> pb.Deployment:
     wanted = pb.Deployment(name=name, etag=etag, **fields)
     with translated():
-        return client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=wanted)).deployment
+        response = client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=wanted))
+    made: pb.Deployment = response.deployment
+    return made
 
 
 def delete(client: Client, name: str, etag: str = "") -> None:
@@ -205,10 +209,11 @@ def test_a_bad_adapter_is_refused_and_changes_nothing(
     expected = reference.answer(prompt, str(DEMO / "rot13"), 24)
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(client.generate, prompt, deployment="rot13", max_tokens=24) for _ in range(8)]
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: create(client, "bad", adapter),
             lambda: update(client, "upper", adapter_path=str(adapter)),
-        ):
+        )
+        for attempt in attempts:
             with pytest.raises(ServerError) as caught:
                 attempt()
             assert (caught.value.code, caught.value.reason) == (code, reason)
@@ -266,12 +271,13 @@ def test_two_changes_of_one_deployment_at_once_are_not_mixed(own: RunningServer)
         try:
             return update(own.client, "raced", adapter_path=str(DEMO / ("rot13", "shift")[index % 2])).adapter_digest
         except ServerError as error:
-            assert (error.code, error.reason) == ("ABORTED", "DEPLOYMENT_BUSY")
-            return ""
+            return f"{error.code} {error.reason}"
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(swap, range(16)))
-    assert any(results)
+    digests = {result for result in results if len(result) == 64}
+    assert digests
+    assert set(results) - digests <= {"ABORTED DEPLOYMENT_BUSY"}
     now = own.client.stubs.deployments.GetDeployment(pb.GetDeploymentRequest(name="raced")).deployment
-    assert now.adapter_digest in results
+    assert now.adapter_digest in digests
     delete(own.client, "raced")

@@ -146,12 +146,12 @@ def test_rows_of_a_mixed_batch_equal_each_adapter_alone(adapter_on_llama: MakeAd
     ids = prompts(len(rows), 11)
     with manager.routed(rows):
         mixed = logits_of(model, ids)
-    for index, name in enumerate(rows):
+    for index, adapter in enumerate(rows):
         oracle: Any = tiny_llama()
-        if name is not None:
-            oracle = PeftModel.from_pretrained(oracle, str(folders[name])).eval()
+        if adapter is not None:
+            oracle = PeftModel.from_pretrained(oracle, str(folders[adapter])).eval()
         assert apart(mixed[index : index + 1], logits_of(oracle, ids[index : index + 1])) < LOGITS[torch.float32]
-        other = "dora" if name != "dora" else "rslora"
+        other = "dora" if adapter != "dora" else "rslora"
         wrong = PeftModel.from_pretrained(tiny_llama(), str(folders[other])).eval()
         assert apart(mixed[index : index + 1], logits_of(wrong, ids[index : index + 1])) > EFFECT
 
@@ -186,7 +186,7 @@ def test_two_path_dora_is_right_while_another_adapter_was_folded_at_load(adapter
 def test_a_fold_that_fails_half_way_gives_the_base_back(
     adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafold_adapters import fold
+    from lorafold_adapters import delta, fold
 
     model = tiny_llama()
     before = weights_of(model)
@@ -194,7 +194,7 @@ def test_a_fold_that_fails_half_way_gives_the_base_back(
     manager.load("good", adapter_on_llama(**KINDS["plain"]))
     manager.load("bad", adapter_on_llama(seed=2, **KINDS["all-linear"]))
     manager.merge_adapter("good")
-    real, calls = fold.folded_weight, [0]
+    real, calls = delta.folded_weight, [0]
 
     def failing(*args: Any) -> torch.Tensor:
         calls[0] += 1
@@ -255,7 +255,8 @@ def test_generation_grows_with_every_change(adapter_on_llama: MakeAdapter) -> No
     manager = AdapterManager(tiny_llama())
     manager.load("it", adapter_on_llama(**KINDS["plain"]))
     seen = [manager.fold_state.generation]
-    for change in (lambda: manager.merge_adapter("it"), manager.unmerge_adapter):
+    changes: list[Callable[[], object]] = [lambda: manager.merge_adapter("it"), manager.unmerge_adapter]
+    for change in changes:
         change()
         seen.append(manager.fold_state.generation)
     assert seen == sorted(set(seen))
@@ -349,7 +350,7 @@ def test_unknown_names_are_refused() -> None:
     ],
 )
 def test_an_adapter_of_another_base_is_refused_whole(
-    changes: dict[str, int], message: str, adapter_on_llama: MakeAdapter
+    changes: dict[str, Any], message: str, adapter_on_llama: MakeAdapter
 ) -> None:
     manager = AdapterManager(tiny_llama(**changes))
     with pytest.raises(BaseMismatch, match=message):

@@ -1,5 +1,7 @@
 """Turns and lanes. Time is an argument; nothing runs."""
 
+from typing import Any
+
 from lorafold_adapters.policy import SHARED, Lane, LaneView, Plan, PolicyKind, TurnTaking
 
 
@@ -24,7 +26,7 @@ def test_every_lane_gets_a_turn_and_none_starves() -> None:
 
 def test_a_turn_lasts_as_long_as_configured() -> None:
     turns = lanes_over_time(TurnTaking(0.5), {"a": 1, "b": 1}, 40)
-    lengths = []
+    lengths: list[list[Any]] = []
     for lane in turns:
         if lengths and lengths[-1][0] == lane:
             lengths[-1][1] += 1
@@ -62,5 +64,6 @@ def test_auto_folds_when_alone_and_shares_otherwise() -> None:
 
 def test_every_plan_has_a_reason() -> None:
     policy = TurnTaking(0.1)
-    for rows in ({"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {SHARED: 1}):
+    queues: list[dict[Lane, int]] = [{"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {SHARED: 1}]
+    for rows in queues:
         assert policy.plan(view(rows), 0.0).reason

@@ -187,7 +187,8 @@ def refuse_unserved_module(name: str, update: Update, module: nn.Module) -> None
 def refuse_leftovers(checkpoint: Checkpoint, updates: Mapping[str, Update], parameters: set[str]) -> None:
     """Raises BaseMismatch if a tensor of the checkpoint found no place in the base, or none did.
 
-    Raises AdapterUnsupported if it is one of the base's own `parameters`, which PEFT saves along with resized embeddings.
+    Raises AdapterUnsupported if it is one of the base's own `parameters`: PEFT saves embeddings that it thinks
+    were resized.
     """
     placed = {tensor.data_ptr() for update in updates.values() for tensor in tensors_of(update)}
     leftovers = [name for name, tensor in checkpoint.tensors.items() if tensor.data_ptr() not in placed]

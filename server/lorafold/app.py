@@ -10,9 +10,6 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from lorafold_adapters import AdapterManager
-from lorafold_adapters.errors import AdapterError
-from lorafold_adapters.policy import TurnTaking
 from prometheus_client import CollectorRegistry, start_http_server
 
 from lorafold.config import Config, local_model_path
@@ -30,6 +27,9 @@ from lorafold.services.generation import GenerationService
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.errors import AdapterError
+from lorafold_adapters.policy import TurnTaking
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)

@@ -4,10 +4,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lorafold_adapters.policy import PolicyKind
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import ConfigError
+from lorafold_adapters.policy import PolicyKind
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"

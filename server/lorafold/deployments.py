@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lorafold.config import BASE, NAME_PATTERN
+from lorafold.engine.loop import Engine
+from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.errors import AdapterUnsupported
 from lorafold_adapters.policy import PolicyKind
-
-from lorafold.config import BASE, NAME_PATTERN
-from lorafold.engine.loop import Engine
-from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
 """Prometheus collectors on a registry that is passed in. Knows no tensors and no gRPC."""
 
-from lorafold_adapters.policy import Mode
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lorafold.engine.weights import Change
+from lorafold_adapters.policy import Mode
 
 STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)

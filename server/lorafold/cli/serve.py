@@ -34,10 +34,9 @@ def serve(
 
     Ctrl-C or SIGTERM: requests in flight finish first; a second one ends at once.
     """
-    from lorafold_adapters.errors import LorafoldError
-
     from lorafold.config import load_config
     from lorafold.logs import set_up_logging
+    from lorafold_adapters.errors import LorafoldError
 
     try:
         config = with_overrides(load_config(file), address, metrics_address, device, log_format)

@@ -1,5 +1,6 @@
 """What transformers' `generate()` with PEFT answers to the same prompts: the oracle of the demo and of the tests."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,7 @@ class Reference:
             max_new_tokens=max_tokens,
         )
         return tuple(ids[0, inputs.input_ids.shape[1] :].tolist())
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

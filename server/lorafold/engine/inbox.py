@@ -8,9 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lorafold_adapters.errors import BaseCorrupt
-
 from lorafold.errors import EngineStopped
+from lorafold_adapters.errors import BaseCorrupt
 
 T = TypeVar("T")
 GONE = "the server is stopping or its engine has failed: send the request to another one"

@@ -11,8 +11,6 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 import structlog
-from lorafold_adapters.errors import BaseCorrupt, LorafoldError
-from lorafold_adapters.policy import Lane, Mode, PolicyKind
 from torch import Tensor
 
 from lorafold.engine import emit
@@ -24,6 +22,8 @@ from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import DeadlineExceeded, EngineStopped, StepFailed
 from lorafold.requests import Failed, Provenance, Request, Sink
+from lorafold_adapters.errors import BaseCorrupt, LorafoldError
+from lorafold_adapters.policy import Lane, Mode, PolicyKind
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from lorafold_adapters import AdapterManager
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.engine.kv_cache import SlotCache, plan_step
+from lorafold_adapters import AdapterManager
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

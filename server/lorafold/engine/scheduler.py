@@ -9,11 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lorafold_adapters.policy import Lane
-
 from lorafold.engine.detokenize import TextStream
 from lorafold.errors import QueueFull
 from lorafold.requests import Request, Sink
+from lorafold_adapters.policy import Lane
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,6 @@ from typing import Any
 
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
-from lorafold_adapters.policy import PolicyKind
 
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import InvalidField
@@ -13,6 +12,7 @@ from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold.v1 import deployment_pb2_grpc
+from lorafold_adapters.policy import PolicyKind
 
 Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_PAGE, MAX_PAGE = 50, 1000

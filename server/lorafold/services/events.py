@@ -1,10 +1,10 @@
 """Engine events as messages of `lorafold.v1`."""
 
 from google.protobuf.duration_pb2 import Duration
-from lorafold_adapters.policy import Mode
 
 from lorafold.requests import Delta, Finished, FinishReason, Provenance, Request, Started, Timings, TokenLogprobs
 from lorafold.v1 import generation_pb2 as pb
+from lorafold_adapters.policy import Mode
 
 MODES = {Mode.BASE: pb.MODE_BASE, Mode.MERGED: pb.MODE_MERGED, Mode.UNMERGED: pb.MODE_UNMERGED}
 REASONS = {

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
-from lorafold_adapters.errors import LorafoldError
 
 from lorafold.config import BASE
 from lorafold.deployments import Deployments
@@ -19,6 +18,7 @@ from lorafold.services.prompts import RequestBuilder
 from lorafold.services.status import code_and_reason, translated
 from lorafold.v1 import generation_pb2 as pb
 from lorafold.v1 import generation_pb2_grpc
+from lorafold_adapters.errors import LorafoldError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

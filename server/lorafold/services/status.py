@@ -11,10 +11,10 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from lorafold_adapters import errors as plugin
-from lorafold_adapters.errors import LorafoldError
 
 from lorafold import errors as server
+from lorafold_adapters import errors as plugin
+from lorafold_adapters.errors import LorafoldError
 
 log = structlog.get_logger(__name__)
 DOMAIN = "lorafold"

@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 
 import grpc.aio
-from lorafold_adapters.errors import AdapterUnsupported
 
 from lorafold.config import BASE
 from lorafold.deployments import Deployments
@@ -16,6 +15,7 @@ from lorafold.services.fields import refuse_unknown_fields
 from lorafold.services.status import translated
 from lorafold.v1 import weights_pb2 as pb
 from lorafold.v1 import weights_pb2_grpc
+from lorafold_adapters.errors import AdapterUnsupported
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
