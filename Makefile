@@ -30,6 +30,7 @@ bench: $(READY)
 
 # One environment for everything; made again when what it is made from changes.
 $(READY): pyproject.toml constraints.txt
+	@echo "installing what pyproject.toml and constraints.txt name into .venv; minutes, the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -43,6 +43,9 @@ BIASED_KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """Random weights; no biases, untied embeddings."""
     torch.manual_seed(seed)
@@ -63,6 +66,12 @@ def frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model in `dtype`, for inference."""
     torch.nn.Module.to(model, dtype=dtype)
     model.eval().requires_grad_(False)
+    return model
+
+
+def on(device: str, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, moved to `device`."""
+    torch.nn.Module.to(model, device=device)
     return model
 
 

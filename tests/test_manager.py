@@ -12,9 +12,11 @@ from lorafold_adapters import AdapterManager
 from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported, BaseMismatch, FoldFailed
 from tests.models import (
     BIASED_KINDS,
+    DEVICES,
     KINDS,
     apart,
     logits_of,
+    on,
     prompts,
     save_adapter,
     tiny_llama,
@@ -37,15 +39,18 @@ def assert_same_weights(model: torch.nn.Module, before: dict[str, torch.Tensor])
         assert torch.equal(after[name], tensor), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [*KINDS, *BIASED_KINDS])
-def test_both_paths_equal_peft(kind: str, adapter_on_llama: MakeAdapter, adapter_on_qwen: MakeAdapter) -> None:
+def test_both_paths_equal_peft(
+    kind: str, device: str, adapter_on_llama: MakeAdapter, adapter_on_qwen: MakeAdapter
+) -> None:
     biased = kind in BIASED_KINDS
     make_model = tiny_qwen if biased else tiny_llama
     make_adapter = adapter_on_qwen if biased else adapter_on_llama
     adapter = make_adapter(**(BIASED_KINDS if biased else KINDS)[kind])
-    ids = prompts(2, 9)
-    expected = logits_of(PeftModel.from_pretrained(make_model(), str(adapter)).eval(), ids)
-    model = make_model()
+    ids = prompts(2, 9).to(device)
+    expected = logits_of(PeftModel.from_pretrained(on(device, make_model()), str(adapter)).eval(), ids)
+    model = on(device, make_model())
     base, before = logits_of(model, ids), weights_of(model)
     assert apart(base, expected) > EFFECT  # Negative control: the adapter does something.
 
@@ -62,12 +67,15 @@ def test_both_paths_equal_peft(kind: str, adapter_on_llama: MakeAdapter, adapter
     assert_same_weights(model, before)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["all-linear", "dora", "rslora"])
-def test_folded_weights_equal_peft_merge(kind: str, dtype: torch.dtype, adapter_on_llama: MakeAdapter) -> None:
+def test_folded_weights_equal_peft_merge(
+    kind: str, dtype: torch.dtype, device: str, adapter_on_llama: MakeAdapter
+) -> None:
     adapter = adapter_on_llama(**KINDS[kind])
-    oracle = PeftModel.from_pretrained(tiny_llama(dtype=dtype), str(adapter)).merge_and_unload()
-    model = tiny_llama(dtype=dtype)
+    oracle = PeftModel.from_pretrained(on(device, tiny_llama(dtype=dtype)), str(adapter)).merge_and_unload()
+    model = on(device, tiny_llama(dtype=dtype))
     before = weights_of(model)
     manager = AdapterManager(model)
     manager.load("it", adapter)
@@ -78,11 +86,12 @@ def test_folded_weights_equal_peft_merge(kind: str, dtype: torch.dtype, adapter_
         assert apart(model.state_dict()[name].float(), expected.float()) < WEIGHTS[dtype], name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_sequence_of_folds_gives_the_base_back_bit_for_bit(
-    dtype: torch.dtype, adapter_on_llama: MakeAdapter
+    dtype: torch.dtype, device: str, adapter_on_llama: MakeAdapter
 ) -> None:
-    model = tiny_llama(dtype=dtype)
+    model = on(device, tiny_llama(dtype=dtype))
     before = weights_of(model)
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     manager = AdapterManager(model)

@@ -14,7 +14,7 @@ from lorafold.model import use_our_attention
 from lorafold.requests import Finished, Sampling
 from lorafold_adapters.policy import Mode, PolicyKind
 from tests.engines import Bench, Collected
-from tests.models import KINDS, SHAPE, prompts, tiny_llama
+from tests.models import DEVICES, KINDS, SHAPE, on, prompts, tiny_llama
 
 MakeAdapter = Callable[..., Path]
 LENGTHS = [1, 2, 5, 16, 17, 63, 64, 65, 130, 300]
@@ -34,17 +34,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def family(name: str) -> Any:
+def family(name: str, device: str) -> Any:
     config_name = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**{**SHAPE, **FAMILIES[name]})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     model.generation_config = transformers.GenerationConfig()
-    return model
+    return on(device, model)
 
 
 def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         out = model.generate(
             input_ids=ids,
@@ -57,11 +57,12 @@ def generated(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_equals_generate_for_every_length_in_one_mix(name: str) -> None:
+def test_greedy_equals_generate_for_every_length_in_one_mix(name: str, device: str) -> None:
     asked = [prompts(1, length, seed=length)[0].tolist() for length in LENGTHS]
-    expected = [generated(family(name), prompt, 12) for prompt in asked]
-    with Bench(family(name), slots=4, prefill=50) as bench:
+    expected = [generated(family(name, device), prompt, 12) for prompt in asked]
+    with Bench(family(name, device), slots=4, prefill=50) as bench:
         answers = [bench.submit(str(index), prompt, 12) for index, prompt in enumerate(asked)]
         for answer in answers:
             assert isinstance(answer.last, Finished), answer.last
@@ -69,7 +70,28 @@ def test_greedy_equals_generate_for_every_length_in_one_mix(name: str) -> None:
     assert len({tuple(tokens) for tokens in expected}) > 5  # Negative control: prompts matter.
 
 
-def test_every_adapter_and_policy_at_once_equals_peft_alone(adapter_on_llama: MakeAdapter) -> None:
+def test_rows_of_different_adapters_and_of_the_base_share_a_step(
+    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Bench(tiny_llama()) as bench:
+        digests = [bench.load(adapter_on_llama(seed=seed, **KINDS["plain"])) for seed in (1, 2, 3)]
+        seen: list[set[str | None]] = []
+        real = bench.runner.run
+
+        def run(pieces: Any) -> Any:
+            seen.append({piece.adapter for piece in pieces})
+            return real(pieces)
+
+        monkeypatch.setattr(bench.runner, "run", run)
+        rows: list[str | None] = [*digests, None]
+        answers = [bench.submit(str(index), [5, 6, 7], 20, adapter=row) for index, row in enumerate(rows)]
+        for answer in answers:
+            assert isinstance(answer.last, Finished)
+    assert set(rows) in seen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_adapter_and_policy_at_once_equals_peft_alone(device: str, adapter_on_llama: MakeAdapter) -> None:
     kinds = ["rslora", "dora", "saved-head", "patterns", "all-linear", "saved-embedding"]
     folders = {kind: adapter_on_llama(seed=index, **KINDS[kind]) for index, kind in enumerate(kinds)}
     policies = [PolicyKind.UNMERGED, PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.MERGED, PolicyKind.AUTO]
@@ -79,10 +101,11 @@ def test_every_adapter_and_policy_at_once_equals_peft_alone(adapter_on_llama: Ma
         policy = policies[index % 5] if kind is not None else PolicyKind.UNMERGED
         plan.append((kind, policy, prompt[: 1 + index]))
     oracles: dict[str | None, Any] = {
-        kind: PeftModel.from_pretrained(tiny_llama(), str(folder)).eval() for kind, folder in folders.items()
+        kind: PeftModel.from_pretrained(on(device, tiny_llama()), str(folder)).eval()
+        for kind, folder in folders.items()
     }
-    oracles[None] = tiny_llama()
-    with Bench(tiny_llama(), slots=6, prefill=30) as bench:
+    oracles[None] = on(device, tiny_llama())
+    with Bench(on(device, tiny_llama()), slots=6, prefill=30) as bench:
         digests: dict[str | None, str | None] = {kind: bench.load(folder) for kind, folder in folders.items()}
         digests[None] = None
         answers: list[Collected] = [
@@ -152,4 +175,4 @@ def test_a_wrong_attention_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(attention, "visible", lambda place, position, window: place <= position + 1)
     with pytest.raises(ModelUnsupported, match="off by"):
-        use_our_attention(family("Llama"))
+        use_our_attention(family("Llama", "cpu"))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import structlog
+
 from lorafold.config import BASE, NAME_PATTERN
 from lorafold.engine.loop import Engine
 from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
@@ -21,6 +23,8 @@ from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.errors import AdapterUnsupported
 from lorafold_adapters.policy import PolicyKind
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +104,7 @@ class Deployments:
                 updated=now,
             )
             self._by_name[name] = deployment
+        log.info("deployment created", name=name, adapter=deployment.digest, policy=policy.value)
         return deployment
 
     async def update(self, name: str, adapter_path: str | None, policy: PolicyKind | None, etag: str) -> Deployment:
@@ -120,6 +125,7 @@ class Deployments:
             )
             self._by_name[name] = new
             self._release(old)
+        log.info("deployment updated", name=name, adapter=new.digest, before=old.digest, policy=policy.value)
         return new
 
     async def delete(self, name: str, etag: str) -> None:
@@ -129,6 +135,7 @@ class Deployments:
             self._check_etag(old, etag)
             del self._by_name[name]
             self._release(old)
+        log.info("deployment deleted", name=name, adapter=old.digest)
 
     async def _stage(self, adapter_path: str, policy: PolicyKind) -> BoundAdapter:
         """Reads, checks and binds an adapter and puts it on the device."""

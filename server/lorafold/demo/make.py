@@ -37,7 +37,7 @@ def make_demo_set(folder: Path, *, seed: int = 0, base_steps: int = BASE_STEPS, 
             adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **task.lora))
             train(adapted, tokenizer, task.rule, steps, ADAPTER_BATCH, ADAPTER_RATE, f"{name}-{seed}", progress)
             adapted.peft_config["default"].base_model_name_or_path = "base"
-            adapted.save_pretrained(str(folder / name))
+            adapted.save_pretrained(str(folder / name), save_embedding_layers=False)
             (folder / name / "README.md").unlink()
 
 

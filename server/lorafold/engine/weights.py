@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import structlog
+
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.errors import AdapterNotLoaded, LorafoldError
 from lorafold_adapters.policy import Lane, LaneView, Policy, PolicyKind
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +92,13 @@ class WeightsControl:
         """Folds `adapter` and keeps it folded over the policy. Raises what `merge_adapter` raises."""
         change = self._change(adapter, "held by MergeAdapter")
         self._pinned = adapter
+        log.info("adapter held", adapter=adapter, seconds=change.seconds)
         return replace(change, state=self.state)
 
     def unpin(self) -> Change:
         """Gives the base back and the weights to the policy again."""
         self._pinned = None
+        log.info("weights given back to the policies")
         return self._change(None, "given back by UnmergeAdapter")
 
     def verify(self) -> Verification:
@@ -122,6 +128,7 @@ class WeightsControl:
             if self._manager.fold_state.folded == adapter:
                 self._change(None, "no deployment points at the folded adapter any more")
             self._manager.drop(adapter)
+            log.info("adapter dropped", adapter=adapter)
             del self._wanted[adapter]
 
     def require(self, adapter: str) -> None:
@@ -143,6 +150,7 @@ class WeightsControl:
         self._reason = reason
         change = Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=written)
         if change.state.generation != generation:
+            log.debug("weights changed", folded=adapter, generation=change.state.generation, reason=reason)
             self._on_change(change)
         return change
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
@@ -35,8 +36,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """The whole answer at once."""
         response = pb.GenerateResponse()
-        async with translated(context):
-            async for asked, event in self._events(request, context):
+        async with translated(context), aclosing(self._events(request, context)) as answer:
+            async for asked, event in answer:
                 if isinstance(event, Started):
                     response.started.CopyFrom(events.started(asked, event))
                 elif isinstance(event, Delta):
@@ -53,8 +54,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         """The answer as it is decoded."""
-        async with translated(context):
-            async for asked, event in self._events(request, context):
+        async with translated(context), aclosing(self._events(request, context)) as answer:
+            async for asked, event in answer:
                 if isinstance(event, Started):
                     yield pb.StreamGenerateResponse(started=events.started(asked, event))
                 elif isinstance(event, Delta):
@@ -66,7 +67,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _events(
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, context: Context
-    ) -> AsyncIterator[tuple[Request, Event]]:
+    ) -> AsyncGenerator[tuple[Request, Event], None]:
         """Submits the request and yields its events; leaving early, for whatever reason, cancels it."""
         name, outcome = "unknown", "cancelled"
         request_id = uuid.uuid4().hex
