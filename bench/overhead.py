@@ -3,9 +3,9 @@
     python -m bench.overhead [--quick] [--batches 1,8,32] [--rank 16] [--device cpu] [--dtype float32]
 
 A Llama of 768 by 12 with random weights (4 layers with --quick); adapters on all linear layers, written by PEFT and
-read back. In every round each variant runs once, in an order that rotates: its weights are brought into place and one step
-runs before the clock starts. Reported are medians and quartiles of the per-round ratios; the last line is one JSON
-object.
+read back. In every round each variant runs once, in an order that rotates: its weights are brought into place and one
+step runs before the clock starts. Reported are medians and quartiles of the per-round ratios; the last line is one
+JSON object.
 """
 
 import argparse
