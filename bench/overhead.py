@@ -145,7 +145,7 @@ def main() -> None:
     """Measures and prints."""
     arguments = parsed()
     layers, rounds = (4, 8) if arguments.quick else (12, 20)
-    device = torch.device(pick_device(arguments.device))
+    device = pick_device(arguments.device)
     model = llama(layers).eval().requires_grad_(False)
     torch.nn.Module.to(model, device=device, dtype=getattr(torch, arguments.dtype))
     use_our_attention(model)

@@ -47,8 +47,11 @@ class Recorder:
     changes: list[Change] = field(default_factory=list)
     death: list[BaseException | None] = field(default_factory=list)
 
-    def step(self, mode: Mode, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
+    def step(self, mode: Mode, seconds: float) -> None:
         self.steps.append(mode)
+
+    def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
+        pass
 
     def queues(self, waiting: int, running: int) -> None:
         pass

@@ -98,6 +98,36 @@ def test_a_bad_request_is_refused_with_its_field_and_remedy(name: str, client: C
         assert caught.value.reason
 
 
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        (pb.GenerationSpec(text="a" * 10_000), "spec.text"),
+        (pb.GenerationSpec(token_ids=[5] * 10_000), "spec.token_ids"),
+        (pb.GenerationSpec(messages=[pb.ChatMessage()] * 10_000), "spec.messages"),
+        (pb.GenerationSpec(messages=[pb.ChatMessage(role="user", content="a" * 10_000)]), "spec.messages"),
+    ],
+)
+def test_what_can_never_fit_is_refused_unread(spec: pb.GenerationSpec, field: str, client: Client) -> None:
+    with pytest.raises(ServerError, match="never fit") as caught, translated():
+        client.stubs.generation.Generate(pb.GenerateRequest(spec=spec))
+    assert (caught.value.code, caught.value.field) == (INVALID, field)
+
+
+def test_a_long_input_does_not_hide_the_status(client: Client) -> None:
+    with pytest.raises(ServerError) as caught:
+        client.generate("a", deployment="n" * 6000)
+    assert (caught.value.code, caught.value.reason) == ("NOT_FOUND", "DEPLOYMENT_NOT_FOUND")
+
+
+def test_what_no_message_can_hold_is_refused_before_it_is_sent(client: Client) -> None:
+    bad: list[Any] = [[("user",)], [1.5], [{"role": "user"}]]
+    for prompt in bad:
+        with pytest.raises(ServerError) as caught:
+            client.generate(prompt)
+        assert caught.value.code == INVALID
+    assert client.generate("abcdef", stop="de").text == "abc"
+
+
 def test_a_request_without_a_spec_is_refused(client: Client) -> None:
     with pytest.raises(ServerError, match="spec: is missing"), translated():
         client.stubs.generation.Generate(pb.GenerateRequest())

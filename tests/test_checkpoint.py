@@ -73,7 +73,7 @@ def test_truncated_tensors(adapter: Path, share: float) -> None:
         read_checkpoint(adapter)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"text"', "\xff\xfe"])
+@pytest.mark.parametrize("content", ["{", "[]", '"text"', "\xff\xfe", "[" * 100_000])
 def test_a_broken_configuration(adapter: Path, content: str) -> None:
     (adapter / "adapter_config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(AdapterCorrupt, match=r"adapter_config\.json"):
@@ -155,7 +155,25 @@ def test_tensors_that_contradict_the_configuration(
         AdapterManager(tiny_llama()).load("it", adapter)
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["c_attn"]}, {"rank_pattern": 3}, {"r": "four"}, {"r": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["c_attn"]},
+        {"target_modules": "("},
+        {"rank_pattern": 3},
+        {"rank_pattern": {"(": 3}},
+        {"r": "four"},
+        {"r": 0},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 1e300},
+        {"use_rslora": "yes"},
+        {"task_type": "X"},
+        {"bias": "zzz"},
+        {"layers_pattern": "layers"},
+        {"megatron_config": {"a": 1}},
+    ],
+)
 def test_a_configuration_that_peft_cannot_resolve(adapter: Path, options: dict[str, Any]) -> None:
     set_options(adapter, **options)
     with pytest.raises(AdapterError):

@@ -48,6 +48,8 @@ def test_deployments_have_a_policy(tmp_path: Path) -> None:
         ('[base]\nmodel = "m"\n[[deployments]]\nname = "a"\nadapter = "x"\npolicy = "both"', "deployments.0.policy"),
         ('[base]\nmodel = "m"\n[[deployments]]\nname = "base"\nadapter = "x"', "'base'"),
         ('[base]\nmodel = "m"\n' + '[[deployments]]\nname = "a"\nadapter = "x"\n' * 2, "'a' is there twice"),
+        ('[base]\nmodel = "m"\n[server]\naddress = "nowhere"', "server.address"),
+        ('[base]\nmodel = "m"\n[server]\naddress = "127.0.0.1:99999"', "0 to 65535"),
         ('[base\nmodel = "m"', "not valid TOML"),
         ('folder = "x"\n[base]\nmodel = "m"', "'folder'"),
     ],

@@ -1,17 +1,19 @@
 """What goes wrong inside the engine, and who notices. The fault is injected; everything around it is real."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lorafold.errors import DeadlineExceeded, EngineStopped, QueueFull, StepFailed
 from lorafold.requests import Failed, Finished
 from lorafold_adapters.errors import BaseCorrupt, FoldFailed
 from lorafold_adapters.policy import Mode, PolicyKind
 from tests.engines import Bench
-from tests.models import KINDS, prompts, tiny_llama
+from tests.models import ALL_LINEAR, KINDS, prompts, save_adapter, tiny_llama
 
 MakeAdapter = Callable[..., Path]
 PROMPT = prompts(1, 6)[0].tolist()
@@ -157,3 +159,86 @@ def test_a_dropped_adapter_is_kept_until_its_rows_have_ended(adapter_on_llama: M
         assert digest not in bench.engine.call(lambda: bench.manager.adapters).result(10)
         late = bench.submit("late", PROMPT, adapter=digest)
         assert isinstance(late.last, Failed)
+
+
+def test_a_slot_that_held_nan_is_clean_for_the_next_request(tmp_path: Path) -> None:
+    loud = save_adapter(tiny_llama(), tmp_path, r=4, lora_alpha=3e6, target_modules=ALL_LINEAR)
+    tensors = load_file(loud / "adapter_model.safetensors")
+    save_file({name: tensor * 1e15 for name, tensor in tensors.items()}, loud / "adapter_model.safetensors")
+    with Bench(tiny_llama(), slots=1) as bench:
+        digest = bench.load(loud)
+        before = bench.submit("before", PROMPT, 30)
+        assert isinstance(before.last, Finished)
+        broken = bench.submit("broken", PROMPT, 30, adapter=digest).last
+        assert isinstance(broken, Failed)
+        assert "NaN" in str(broken.error)
+        after = bench.submit("after", PROMPT, 30)
+        assert isinstance(after.last, Finished), after.last
+        assert after.tokens == before.tokens
+
+
+def test_a_held_adapters_own_requests_get_slots(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama(), slots=2) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        bench.engine.merge(digest).result(30)
+        waiting = [bench.submit(f"base-{index}", PROMPT, 5) for index in range(3)]
+        late = bench.submit("late", PROMPT, 5, deadline=bench.engine.now() + 0.2)
+        own = bench.submit("own", PROMPT, 5, adapter=digest)
+        assert isinstance(own.last, Finished)
+        assert own.last.provenance.mode is Mode.MERGED
+        assert isinstance(late.last, Failed)
+        assert isinstance(late.last.error, DeadlineExceeded)
+        assert not any(answer.done.is_set() for answer in waiting)
+        bench.engine.unmerge().result(30)
+        for answer in waiting:
+            assert isinstance(answer.last, Finished)
+
+
+def test_merging_takes_slots_back_from_rows_that_have_not_run(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama(), slots=2) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        gate = threading.Event()
+        blocked = bench.engine.call(lambda: gate.wait(30))
+        others = [bench.submit(f"base-{index}", PROMPT, 5) for index in range(2)]
+        merged = bench.engine.merge(digest)
+        own = bench.submit("own", PROMPT, 5, adapter=digest)
+        gate.set()
+        assert blocked.result(30)
+        assert merged.result(30).state.pinned
+        assert isinstance(own.last, Finished)
+        bench.engine.unmerge().result(30)
+        for answer in others:
+            assert isinstance(answer.last, Finished)
+
+
+def test_an_auto_adapter_that_cannot_be_folded_goes_on_two_path(
+    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafold_adapters import fold
+
+    with Bench(tiny_llama()) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        expected = bench.submit("unmerged", PROMPT, 20, adapter=digest)
+        assert isinstance(expected.last, Finished)
+        monkeypatch.setattr(fold, "folded_weight", lambda *_: (_ for _ in ()).throw(MemoryError("injected")))
+        answer = bench.submit("auto", PROMPT, 20, adapter=digest, policy=PolicyKind.AUTO)
+        assert isinstance(answer.last, Finished)
+        assert answer.last.provenance.mode is Mode.UNMERGED
+        assert answer.tokens == expected.tokens
+        assert "injected" in bench.engine.call(lambda: bench.engine.weights.state).result(10).reason
+
+
+def test_a_dead_engine_refuses_calls_that_were_cancelled_too() -> None:
+    bench = Bench(tiny_llama())
+    gate = threading.Event()
+    with bench:
+        bench.engine.call(lambda: gate.wait(30))
+        dying = bench.engine.call(lambda: (_ for _ in ()).throw(BaseCorrupt("injected")))
+        cancelled = bench.engine.call(lambda: 1)
+        answer = bench.submit("waiting", PROMPT)
+        assert cancelled.cancel()
+        gate.set()
+        assert isinstance(dying.exception(30), BaseCorrupt)
+        assert isinstance(answer.last, Failed)
+        assert isinstance(answer.last.error, EngineStopped)
+    assert isinstance(bench.recorder.death[0], BaseCorrupt)

@@ -9,7 +9,15 @@ import torch
 from peft import PeftModel
 
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported, BaseMismatch, FoldFailed
+from lorafold_adapters.errors import (
+    AdapterInUse,
+    AdapterNotLoaded,
+    AdapterUnsupported,
+    BaseMismatch,
+    FoldFailed,
+    RoutingMismatch,
+)
+from lorafold_adapters.two_path import SITE
 from tests.models import (
     BIASED_KINDS,
     DEVICES,
@@ -224,7 +232,7 @@ def test_a_fold_that_fails_half_way_gives_the_base_back(
 
 
 def test_a_fold_that_overflows_fp16_is_refused(tmp_path: Path) -> None:
-    adapter = save_adapter(tiny_llama(), tmp_path, lora_alpha=10_000_000, **KINDS["plain"])
+    adapter = save_adapter(tiny_llama(), tmp_path, lora_alpha=3_900_000, **KINDS["plain"])
     model = tiny_llama(dtype=torch.float16)
     before = weights_of(model)
     manager = AdapterManager(model)
@@ -258,6 +266,28 @@ def test_rows_are_never_computed_on_foreign_weights(adapter_on_llama: MakeAdapte
         for change in (lambda: manager.merge_adapter("one"), manager.unmerge_adapter, lambda: manager.drop("one")):
             with pytest.raises(AdapterInUse):
                 change()
+
+
+@pytest.mark.parametrize("rows", [["it"], ["it", None], ["it"] * 5, []])
+def test_a_batch_of_another_size_than_was_routed_is_refused(
+    rows: list[str | None], adapter_on_llama: MakeAdapter
+) -> None:
+    model = tiny_llama()
+    manager = AdapterManager(model)
+    manager.load("it", adapter_on_llama(**KINDS["plain"]))
+    ids = prompts(4, 3)
+    base = logits_of(model, ids)
+    with pytest.raises(RoutingMismatch), manager.routed(rows):
+        logits_of(model, ids)
+    assert torch.equal(logits_of(model, ids), base)
+
+
+def test_loading_keeps_no_gradients(adapter_on_llama: MakeAdapter) -> None:
+    model = tiny_llama().requires_grad_(True)
+    manager = AdapterManager(model)
+    manager.load("it", adapter_on_llama(**KINDS["dora"]))
+    paths = model.get_submodule("model.layers.0.mlp.up_proj").__dict__[SITE].paths
+    assert not paths["it"].gain_O.requires_grad
 
 
 def test_generation_grows_with_every_change(adapter_on_llama: MakeAdapter) -> None:

@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 
 from lorafold.errors import ModelUnsupported
-from lorafold.model import use_our_attention
+from lorafold.model import context_of, use_our_attention
 from lorafold.requests import Finished, Sampling
 from lorafold_adapters.policy import Mode, PolicyKind
 from tests.engines import Bench, Collected
@@ -168,6 +168,17 @@ def test_a_model_whose_attention_we_do_not_know_is_refused() -> None:
     )
     with pytest.raises(ModelUnsupported, match="s_aux"):
         use_our_attention(transformers.GptOssForCausalLM(config).eval())
+
+
+def test_a_window_that_only_the_mask_knows_limits_the_context() -> None:
+    told = family("Mistral", "cpu")
+    assert use_our_attention(told) == {8}
+    assert context_of(told, {8}) == SHAPE["max_position_embeddings"]
+    config = transformers.Qwen2MoeConfig(
+        **{**SHAPE, "num_experts": 4, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}
+    )
+    untold = transformers.Qwen2MoeForCausalLM(config).eval()
+    assert context_of(untold, use_our_attention(untold)) == 32
 
 
 def test_a_wrong_attention_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from lorafold_adapters.policy import SHARED, Lane, LaneView, Plan, PolicyKind, TurnTaking
 
 
-def view(rows: dict[Lane, int], folded: Lane = None, pinned: str | None = None) -> LaneView:
-    return LaneView(folded=folded, pinned=pinned, rows=rows)
+def view(rows: dict[Lane, int], pinned: str | None = None) -> LaneView:
+    return LaneView(pinned=pinned, rows=rows)
 
 
 def lanes_over_time(policy: TurnTaking, rows: dict[Lane, int], steps: int, step: float = 0.1) -> list[Lane]:
@@ -67,3 +67,11 @@ def test_every_plan_has_a_reason() -> None:
     queues: list[dict[Lane, int]] = [{"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {SHARED: 1}]
     for rows in queues:
         assert policy.plan(view(rows), 0.0).reason
+
+
+def test_lanes_that_come_and_go_do_not_starve_one_that_stays() -> None:
+    policy, turns = TurnTaking(0.25), 0
+    for step in range(300):
+        passing = f"passing-{step // 3}"
+        turns += policy.plan(view({"a": 1, passing: 1}), now=step * 0.1).folded == "a"
+    assert turns > 60

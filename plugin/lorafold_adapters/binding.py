@@ -6,6 +6,7 @@ model never becomes a PeftModel and is not touched. Binding is serialised: while
 """
 
 import copy
+import math
 import re
 import threading
 import warnings
@@ -25,6 +26,8 @@ from lorafold_adapters.checkpoint import Checkpoint
 from lorafold_adapters.errors import AdapterCorrupt, AdapterError, AdapterUnsupported, BaseMismatch
 
 ADAPTER = "default"
+MAX_SCALING = 1e6
+"""Beyond any scale that is trained with, and far below where fp32 overflows."""
 SHAPES = re.compile(
     r"size mismatch for (\S+): .*?torch\.Size\(\[([\d, ]*)\]\).*?torch\.Size\(\[([\d, ]*)\]\)", re.DOTALL
 )
@@ -96,13 +99,18 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel) -> BoundAdapter:
 
 def resolve(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.Module:
     """The base as a PeftModel without base weights that holds the checkpoint's own tensors."""
-    config = LoraConfig.from_peft_type(**{**checkpoint.options, "inference_mode": True})
+    try:
+        config = LoraConfig.from_peft_type(**{**checkpoint.options, "inference_mode": True})
+    except Exception as error:  # PEFT checks options here and there, and raises what it likes.
+        raise AdapterCorrupt(f"PEFT cannot use adapter_config.json: {first_sentence(error)}: correct it") from error
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     try:
         peft_model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BaseMismatch(f"the adapter does not fit this base: {first_sentence(error)}: {REMEDY}") from error
+    except Exception as error:
+        if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
+            raise BaseMismatch(f"the adapter does not fit this base: {first_sentence(error)}: {REMEDY}") from error
+        raise AdapterCorrupt(f"PEFT cannot apply adapter_config.json: {first_sentence(error)}: correct it") from error
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             # PEFT would move the tensors to the skeleton's device, where they would lose their values.
@@ -156,6 +164,8 @@ def collect_low_rank(name: str, module: Any) -> LowRank:
         raise AdapterUnsupported(
             f"the adapter changes '{name}', an embedding, with LoRA: only linear layers are served"
         )
+    if not math.isfinite(module.scaling[ADAPTER]) or abs(module.scaling[ADAPTER]) > MAX_SCALING:
+        raise AdapterCorrupt(f"the adapter scales '{name}' by {module.scaling[ADAPTER]}: correct lora_alpha and r")
     bias_O = module.lora_B[ADAPTER].bias
     magnitude = module.lora_magnitude_vector[ADAPTER].weight if ADAPTER in module.lora_magnitude_vector else None
     return LowRank(
@@ -225,10 +235,10 @@ def module_of(tensor_name: str) -> str:
 
 def fold_refusal(updates: Mapping[str, Update], model: PreTrainedModel) -> str | None:
     """Why the updates cannot be written into the base's weights, or None."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), []).append(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        owners.setdefault(parameter.data_ptr(), []).append(name)
     for name, update in updates.items():
         keys = update.parameters if isinstance(update, Replaced) else {"weight": None}
         for key in (f"{name}.{key}" for key in keys):

@@ -28,12 +28,15 @@ TENSOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Initialisations that leave the base weights as they are; the others rewrite them (PEFT, LoraConfig docstring).
 BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+
 UNSERVED_OPTIONS = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA) switches on in mid-prompt",
     "arrow_config": "Arrow routes each token among several adapters",
     "kasa_config": "KaSA rewrites the base weights",
     "layer_replication": "layer_replication changes the number of layers of the base",
     "monteclora_config": "MonteCLoRA draws its weights at random",
+    "megatron_config": "it was trained for Megatron's parallel layers",
     "target_parameters": "target_parameters changes tensors that are not layers of their own",
     "trainable_token_indices": "trainable_token_indices replaces single rows of the embedding",
     "use_bdlora": "BD-LoRA uses block-diagonal factors",
@@ -77,18 +80,26 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """The adapter's configuration. Raises AdapterNotFound or AdapterCorrupt."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise AdapterNotFound(f"there is no adapter folder '{folder}': check the path as the server sees it")
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise AdapterNotFound(f"'{folder}' has no {CONFIG_FILE}: point at a folder that PEFT's save_pretrained wrote")
     try:
         options = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise AdapterCorrupt(f"{file} is not valid JSON ({error}): copy the adapter again") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterCorrupt(f"{file} cannot be read as JSON ({error}): copy the adapter again") from error
     if not isinstance(options, dict):
         raise AdapterCorrupt(f"{file} holds no JSON object: copy the adapter again")
     return options
+
+
+def is_folder(path: Path) -> bool:
+    """False for paths that no file system could hold, too."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def refuse_unserved(options: Mapping[str, Any]) -> None:
@@ -105,6 +116,9 @@ def refuse_unserved(options: Mapping[str, Any]) -> None:
     for option, reason in UNSERVED_OPTIONS.items():
         if options.get(option):
             raise AdapterUnsupported(f"{CONFIG_FILE} sets {option}: {reason}, which is not served; retrain without it")
+    for option in SWITCHES:
+        if not isinstance(options.get(option, False), bool | None):
+            raise AdapterCorrupt(f"{CONFIG_FILE}: {option} is {options[option]!r}, which is neither true nor false")
     init = options.get("init_lora_weights", True)
     if init not in BASE_KEEPING_INITS:
         raise AdapterUnsupported(
@@ -125,7 +139,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterNotFound(f"'{folder}' has no {TENSORS_FILE}: copy the adapter again")
     try:
         tensors = parse_safetensors(file.read_bytes())
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise AdapterCorrupt(f"{file} is truncated or damaged ({error}): copy the adapter again") from error
     if not tensors:
         raise AdapterCorrupt(f"{file} holds no tensors: save the adapter again")

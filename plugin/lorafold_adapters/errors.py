@@ -7,6 +7,8 @@ LorafoldError
 │   ├── AdapterUnsupported      well-formed, but of a kind or with an option that is not served
 │   └── BaseMismatch            made for another base: names or shapes do not fit
 ├── AdapterNotLoaded            the name or digest is unknown to this manager
+├── DeviceFull                  the device's memory does not suffice; nothing was changed
+├── RoutingMismatch             a batch inside `routed` has another number of rows than was routed
 ├── AdapterInUse                it is folded or routed now and cannot be dropped
 ├── FoldFailed                  folding failed; the base was given back bit for bit
 └── BaseCorrupt                 the base could not be given back, or no longer equals what was loaded
@@ -41,6 +43,14 @@ class BaseMismatch(AdapterError):
 
 class AdapterNotLoaded(LorafoldError):
     """The name or digest is unknown to this manager."""
+
+
+class DeviceFull(LorafoldError):
+    """The device's memory does not suffice; nothing was changed."""
+
+
+class RoutingMismatch(LorafoldError):
+    """A batch inside `routed` has another number of rows than was routed."""
 
 
 class AdapterInUse(LorafoldError):

@@ -28,7 +28,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Reads every parameter and buffer of `model`."""
+    """Reads every parameter and every buffer that a checkpoint would hold."""
     tensors = tensor_digests(model)
     lines = "\n".join(f"{name} {tensors[name]}" for name in sorted(tensors))
     return Fingerprint(digest=hashlib.sha256(lines.encode()).hexdigest(), tensors=tensors)

@@ -7,14 +7,17 @@ forward pass runs, except from inside `routed`.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold_adapters.binding import BoundAdapter, bind
 from lorafold_adapters.checkpoint import Checkpoint, read_checkpoint
-from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported
+from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported, DeviceFull, RoutingMismatch
 from lorafold_adapters.fold import Weights
 from lorafold_adapters.identity import Fingerprint, fingerprint
 from lorafold_adapters.two_path import SITE, AdapterPath, Routing, RoutingCell, Spans, install, path_of, uninstall
@@ -75,13 +78,17 @@ class AdapterManager:
         checkpoint = adapter if isinstance(adapter, Checkpoint) else read_checkpoint(adapter)
         return bind(checkpoint, self._model)
 
+    @torch.no_grad()
     def load(self, name: str, adapter: str | Path | Checkpoint | BoundAdapter) -> BoundAdapter:
         """Makes `adapter` known as `name`, replacing one of that name that is not folded.
 
-        Raises a subclass of AdapterError, or AdapterInUse.
+        Raises a subclass of AdapterError, AdapterInUse, or DeviceFull.
         """
         bound = adapter if isinstance(adapter, BoundAdapter) else self.bind(adapter)
-        paths = {module: self._path(bound, module) for module in bound.updates}
+        try:
+            paths = {module: self._path(bound, module) for module in bound.updates}
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         if name in self._adapters:
             self.drop(name)
         for module_name, path in paths.items():
@@ -144,8 +151,11 @@ class AdapterManager:
         """Inside, `model(...)` runs row i of the batch with adapter `body[i]`, or with the base where that is None.
 
         Where rows are packed into one, `body` has an entry per token, and `head` one per position that reaches the
-        output embedding. Raises AdapterNotLoaded, or AdapterInUse while an adapter is folded.
+        output embedding. Raises AdapterNotLoaded, or AdapterInUse while an adapter is folded; `model(...)` raises
+        RoutingMismatch for a batch of another size.
         """
+        if not body:
+            raise RoutingMismatch("no rows were routed: name an adapter, or None, for each")
         self._refuse_while_routed()
         if self._weights.changed:
             raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() before routing rows")
@@ -153,9 +163,11 @@ class AdapterManager:
             self._known(str(name))
         spans = Spans.of(body)
         self._cell.current = Routing(body=spans, head=spans if head is None else Spans.of(head))
+        hook = self._model.register_forward_pre_hook(partial(refuse_other_sizes, len(body)), with_kwargs=True)
         try:
             yield
         finally:
+            hook.remove()
             self._cell.current = None
 
     def detach(self) -> None:
@@ -165,10 +177,11 @@ class AdapterManager:
             self.drop(name)
 
     def _path(self, bound: BoundAdapter, module_name: str) -> AdapterPath:
-        module = self._modules[module_name]
-        keys = [key for key, value in module.named_parameters(recurse=False) if value is not None]
-        pristine = {key: self._weights.pristine(f"{module_name}.{key}") for key in keys}
-        return path_of(bound.updates[module_name], module, pristine)
+        return path_of(
+            bound.updates[module_name],
+            self._modules[module_name],
+            lambda key: self._weights.pristine(f"{module_name}.{key}"),
+        )
 
     def _known(self, name: str) -> BoundAdapter:
         if name not in self._adapters:
@@ -178,3 +191,13 @@ class AdapterManager:
     def _refuse_while_routed(self) -> None:
         if self._cell.current is not None:
             raise AdapterInUse("rows are routed now: leave routed() first")
+
+
+def refuse_other_sizes(routed: int, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """A forward pre-hook: raises RoutingMismatch unless the batch has `routed` rows, or as many tokens."""
+    given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *inputs)
+    batch = next((value for value in given if isinstance(value, Tensor)), None)
+    if batch is not None and routed not in (batch.shape[0], batch.shape[0] * batch.shape[1]):
+        raise RoutingMismatch(
+            f"{routed} rows were routed, the batch has {batch.shape[0]}: name an adapter, or None, for each row"
+        )

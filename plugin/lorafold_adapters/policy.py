@@ -35,8 +35,6 @@ Lane = str | None
 class LaneView:
     """What a policy sees. Every time is in seconds on the caller's clock."""
 
-    folded: Lane
-    """The adapter in the weights now."""
     pinned: str | None
     """The adapter that an operator holds folded, over every policy."""
     rows: Mapping[Lane, int]
@@ -66,7 +64,7 @@ class Policy(Protocol):
 
 
 class TurnTaking:
-    """Lanes with rows take turns of `turn_seconds`; whoever waited longest is next, so nobody starves.
+    """Lanes with rows take turns of `turn_seconds`; whoever has waited longest is next, so nobody starves.
 
     An `auto` row is folded if no other lane has rows when it starts, and shares otherwise.
     """
@@ -75,7 +73,8 @@ class TurnTaking:
         self._turn_seconds = turn_seconds
         self._lane: Lane = SHARED
         self._since = float("-inf")
-        self._last_turn: dict[Lane, float] = {}
+        self._waiting: dict[Lane, float] = {}
+        """Since when each lane that has rows has not run."""
 
     def lane(self, adapter: str | None, kind: PolicyKind, view: LaneView) -> Lane:
         """See `Policy.lane`."""
@@ -87,12 +86,12 @@ class TurnTaking:
 
     def plan(self, view: LaneView, now: float) -> Plan:
         """See `Policy.plan`."""
+        self._waiting = {lane: self._waiting.get(lane, now) for lane in view.rows if lane != self._lane}
         if view.pinned is not None:
             return Plan(folded=view.pinned, reason="held by MergeAdapter")
-        others = [lane for lane in view.rows if lane != self._lane]
-        if self._lane in view.rows and (not others or now - self._since < self._turn_seconds):
-            return self._stay(len(others))
-        return self._turn(min(others, key=lambda lane: self._last_turn.get(lane, float("-inf"))), view, now)
+        if self._lane in view.rows and (not self._waiting or now - self._since < self._turn_seconds):
+            return self._stay(len(self._waiting))
+        return self._turn(min(self._waiting, key=self._waiting.__getitem__), view, now)
 
     def _stay(self, waiting: int) -> Plan:
         reason = f"its turn, {waiting} other lanes wait" if waiting else "nobody else has rows"
@@ -100,8 +99,6 @@ class TurnTaking:
 
     def _turn(self, lane: Lane, view: LaneView, now: float) -> Plan:
         over = "turn over" if self._lane in view.rows else "no rows left"
-        name = "shared lane" if self._lane is SHARED else f"adapter {self._lane[:12]}"
-        self._last_turn = {lane: last for lane, last in self._last_turn.items() if lane in view.rows}
-        self._last_turn[self._lane] = now
+        name = "shared lane" if lane is SHARED else f"adapter {lane[:12]}"
         self._lane, self._since = lane, now
-        return Plan(folded=lane, reason=f"{name}: {over}; {view.rows[lane]} rows waited longest")
+        return Plan(folded=lane, reason=f"{over}; {name} waited longest, with {view.rows[lane]} rows")

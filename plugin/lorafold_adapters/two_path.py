@@ -7,7 +7,7 @@ Shapes in the names: T tokens of one span, R rank, I in-features, O out-features
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorafold_adapters.binding import LowRank, Replaced, Update
 from lorafold_adapters.delta import dora_gain, low_rank_delta
+from lorafold_adapters.errors import RoutingMismatch
 
 SITE = "_lorafold_site"
 
@@ -120,7 +121,8 @@ class Site:
         outputs_NO = outputs.view(-1, outputs.shape[-1])
         feature_axes = 0 if inputs.dtype in (torch.int32, torch.int64) else 1
         inputs_N = inputs.reshape(outputs_NO.shape[0], *inputs.shape[inputs.dim() - feature_axes :])
-        assert outputs_NO.shape[0] % routed.units == 0, "the routing was made for another batch"
+        if outputs_NO.shape[0] % routed.units:
+            raise RoutingMismatch(f"a layer got {outputs_NO.shape[0]} tokens for {routed.units} routed rows")
         tokens = outputs_NO.shape[0] // routed.units
         for span in routed.spans:
             path = self.paths.get(span.adapter)
@@ -165,19 +167,19 @@ def uninstall(module: nn.Module) -> None:
     del module.__dict__[SITE]
 
 
-def path_of(update: Update, module: nn.Module, pristine: dict[str, Tensor]) -> AdapterPath:
+def path_of(update: Update, module: nn.Module, pristine: Callable[[str], Tensor]) -> AdapterPath:
     """The two-path form of an update, on the module's device and in its dtype.
 
-    `pristine` holds the module's parameters as they are in the base, whatever is folded now.
+    `pristine` gives the module's parameters as they are in the base, whatever is folded now.
     """
     if isinstance(update, Replaced):
         return ReplacedPath(module=replica(module, update))
-    weight_OI, bias_O = pristine["weight"], pristine.get("bias")
-    return low_rank_path(update, weight_OI, bias_O)
+    return low_rank_path(update, cast(nn.Linear, module), pristine)
 
 
-def low_rank_path(update: LowRank, weight_OI: Tensor, bias_O: Tensor | None) -> LowRankPath:
+def low_rank_path(update: LowRank, module: nn.Linear, pristine: Callable[[str], Tensor]) -> LowRankPath:
     """Scales B once, in fp32, so that a forward pass does not have to."""
+    weight_OI: Tensor = module.weight if update.magnitude_O is None else pristine("weight")
     a_RI, b_OR = update.a_RI.to(weight_OI.device), update.b_OR.to(weight_OI.device)
     gain_O = None
     if update.magnitude_O is not None:
@@ -188,7 +190,7 @@ def low_rank_path(update: LowRank, weight_OI: Tensor, bias_O: Tensor | None) -> 
         scaled_b_OR=(b_OR.float() * update.scaling).to(weight_OI),
         scaled_bias_O=None if update.bias_O is None else (update.bias_O.float() * update.scaling).to(weight_OI),
         gain_O=gain_O,
-        base_bias_O=bias_O if gain_O is not None else None,
+        base_bias_O=pristine("bias") if gain_O is not None and module.bias is not None else None,
     )
 
 

@@ -126,7 +126,12 @@ async def load_parts(config: Config, say: Say) -> Parts:
     metrics = Metrics(CollectorRegistry())
     loop = asyncio.get_running_loop()
     died: asyncio.Future[BaseException | None] = loop.create_future()
-    engine = make_engine(base, manager, config, metrics, lambda why: loop.call_soon_threadsafe(died.set_result, why))
+    limits = config.engine
+    runner = Runner(model, manager, SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context)))
+    await timed(say, "warmed up", runner.warm_up)
+    engine = make_engine(
+        base, manager, runner, config, metrics, lambda why: loop.call_soon_threadsafe(died.set_result, why)
+    )
     deployments = Deployments(manager, engine, config.folder)
     return Parts(
         config=config,
@@ -142,15 +147,15 @@ async def load_parts(config: Config, say: Say) -> Parts:
 def make_engine(
     base: LoadedBase,
     manager: AdapterManager,
+    runner: Runner,
     config: Config,
     metrics: Metrics,
     on_death: Callable[[BaseException | None], object],
 ) -> Engine:
     """An engine, not started yet."""
     limits = config.engine
-    cache = SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context))
     return Engine(
-        runner=Runner(base.model, manager, cache),
+        runner=runner,
         weights=WeightsControl(manager, TurnTaking(config.policy.turn_seconds), metrics.weights_changed),
         scheduler=Scheduler(slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens),
         vocabulary=base.vocabulary(),

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import grpc
 import grpc.aio
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
 from lorafold.v1 import generation_pb2 as pb
@@ -41,7 +41,7 @@ class Options:
     """What may be said about a request beside its prompt; None leaves it to the server."""
 
     max_tokens: int | None = None
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -182,15 +182,17 @@ class AsyncClient:
 def make_spec(prompt: Prompt, deployment: str, options: Options) -> pb.GenerationSpec:
     """The request message. Raises ServerError for values that no message can hold."""
     try:
-        spec = pb.GenerationSpec(deployment=deployment, stop=options.stop)
+        stop = [options.stop] if isinstance(options.stop, str) else options.stop
+        spec = pb.GenerationSpec(deployment=deployment, stop=stop)
         if isinstance(prompt, str):
             spec.text = prompt
         else:
             for item in prompt:
-                if isinstance(item, int):
-                    spec.token_ids.append(item)
+                if isinstance(item, tuple):
+                    role, content = item
+                    spec.messages.add(role=role, content=content)
                 else:
-                    spec.messages.add(role=item[0], content=item[1])
+                    spec.token_ids.append(item)
         for name in ("max_tokens", "logprobs"):
             if (value := getattr(options, name)) is not None:
                 setattr(spec, name, value)
@@ -225,8 +227,7 @@ def translated() -> Iterator[None]:
 def server_error(error: Any) -> ServerError:
     """A failed call as ServerError, with what the server's details say."""
     reason = field_name = ""
-    status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else aio_status(error)
-    for detail in status.details if status is not None else ():
+    for detail in status_details(error):
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         if detail.Unpack(info):
             reason = info.reason
@@ -235,11 +236,12 @@ def server_error(error: Any) -> ServerError:
     return ServerError(error.code().name, error.details() or error.code().name, reason, field_name)
 
 
-def aio_status(error: grpc.aio.AioRpcError) -> Any:
-    """The `google.rpc.Status` of a failed asyncio call, or None."""
-    from google.rpc import status_pb2
-
+def status_details(error: Any) -> Sequence[Any]:
+    """The details of the `google.rpc.Status` of a failed call; none if it has no readable one."""
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
-            return status_pb2.Status.FromString(value)
-    return None
+            try:
+                return list(status_pb2.Status.FromString(value).details)
+            except DecodeError:
+                return []
+    return []

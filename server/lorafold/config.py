@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import ConfigError
 from lorafold_adapters.policy import PolicyKind
@@ -12,6 +12,17 @@ from lorafold_adapters.policy import PolicyKind
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"
 """The deployment that is always there: the base model without an adapter."""
+
+
+def check_address(value: str) -> str:
+    """Raises ValueError unless `value` is host:port."""
+    host, colon, port = value.rpartition(":")
+    if not (host and colon and port.isdecimal() and int(port) <= 65535):
+        raise ValueError(f"{value!r} is no host:port with a port of 0 to 65535")
+    return value
+
+
+Address = Annotated[str, AfterValidator(check_address)]
 
 
 class Section(BaseModel):
@@ -34,9 +45,9 @@ class BaseConfig(Section):
 class ServerConfig(Section):
     """`[server]`: where to listen."""
 
-    address: str = "127.0.0.1:50051"
+    address: Address = "127.0.0.1:50051"
     """gRPC. A port of 0 takes a free one."""
-    metrics_address: str = "127.0.0.1:9464"
+    metrics_address: Address = "127.0.0.1:9464"
     """Prometheus, at /metrics."""
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     """After SIGTERM: how long requests in flight may take to finish."""

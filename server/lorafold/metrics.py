@@ -48,11 +48,14 @@ class Metrics:
         self._running = Gauge("lorafold_requests_running", "Requests with a place in the batch.", registry=registry)
         self._generation = Gauge("lorafold_generation", "Grows whenever weights change.", registry=registry)
 
-    def step(self, mode: Mode, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
+    def step(self, mode: Mode, seconds: float) -> None:
         """One forward step ran."""
         self._step.labels(mode.value).observe(seconds)
-        self._tokens.labels(mode.value, "prompt").inc(prompt_tokens)
-        self._tokens.labels(mode.value, "answer").inc(new_tokens)
+
+    def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
+        """So many tokens of a prompt were read, and of an answer generated."""
+        self._tokens.labels(mode.value, "prompt").inc(prompt)
+        self._tokens.labels(mode.value, "answer").inc(answer)
 
     def queues(self, waiting: int, running: int) -> None:
         """How many rows there are now."""

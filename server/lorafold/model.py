@@ -50,16 +50,16 @@ class LoadedBase:
 
 def load_base(config: BaseConfig, path: str) -> LoadedBase:
     """Loads the base from `path`, a folder or a name on the hub. Raises ModelUnsupported."""
-    device = torch.device(pick_device(config.device))
+    device = pick_device(config.device)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        cast(torch.nn.Module, model).to(device).eval().requires_grad_(False)
+    except Exception as error:  # Whatever transformers raises: a missing file, a damaged one, a missing package.
         raise ModelUnsupported(f"cannot load the base model '{path}': {first_line(error)}") from error
-    cast(torch.nn.Module, model).to(device).eval().requires_grad_(False)
-    use_our_attention(model)
-    return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model))
+    windows = use_our_attention(model)
+    return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model, windows))
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -73,28 +73,38 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def pick_device(name: str) -> str:
+def pick_device(name: str) -> torch.device:
     """`auto` becomes the first GPU or the CPU. Raises ModelUnsupported if the device is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelUnsupported(f"base.device is '{name}', but torch sees no GPU: set it to 'cpu' or install a driver")
-    return name
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelUnsupported(f"base.device is '{name}', which torch does not have: {first_line(error)}") from error
+    return device
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """How many tokens the model can take; for rotary embeddings that change with length, before they change."""
+def context_of(model: PreTrainedModel, windows: set[int]) -> int:
+    """How many tokens the model can take, as far as we compute what it means.
+
+    Rotary embeddings that change with length count up to where they change. A model that limits how far back it looks,
+    but tells its mask and not its attention (`windows` is empty), counts up to that limit.
+    """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    limits = [getattr(config, "max_position_embeddings", 2**31)]
     if original and rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-        return int(original)
-    return int(getattr(config, "max_position_embeddings", 2**31))
+        limits.append(original)
+    if not windows:
+        limits += [getattr(config, name, None) or 2**31 for name in ("sliding_window", "attention_chunk_size")]
+    return int(min(limits))
 
 
 @torch.inference_mode()
-def use_our_attention(model: PreTrainedModel) -> None:
-    """Puts our attention into `model` and compares one prompt with the model's own.
+def use_our_attention(model: PreTrainedModel) -> set[int]:
+    """Puts our attention into `model`, compares one prompt with the model's own; the window sizes that it was told.
 
     Raises ModelUnsupported if the model has a part that our attention does not know.
     """
@@ -104,8 +114,10 @@ def use_our_attention(model: PreTrainedModel) -> None:
     try:
         model.set_attn_implementation("eager")
         theirs = model(input_ids=ids[None], use_cache=False).logits[0]
-        model.set_attn_implementation(attention.NAME)
+        windows = attention.register_spy()
+        model.set_attn_implementation(attention.SPY)
         ours = probe(model, ids)
+        model.set_attn_implementation(attention.NAME)
     except Exception as error:
         raise ModelUnsupported(f"{name} cannot be served: {first_line(error)}") from error
     error_size = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
@@ -114,6 +126,7 @@ def use_our_attention(model: PreTrainedModel) -> None:
             f"{name} cannot be served: with our attention its logits are off by {error_size:.2g} of their size; "
             "please report the model"
         )
+    return windows
 
 
 def probe(model: PreTrainedModel, ids_T: Tensor) -> Tensor:

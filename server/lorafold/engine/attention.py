@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from lorafold.engine.kv_cache import Chunk, Step
 
 NAME = "lorafold"
+SPY = "lorafold-probe"
 # What models pass that changes nothing when decoding without gradients.
 HARMLESS = {"position_ids", "is_causal", "use_cache", "output_attentions", "output_router_logits", "cache_position"}
 
@@ -38,11 +39,16 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention over the cache: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
     unknown = {name for name, value in others.items() if value is not None} - HARMLESS
+    if others.get("is_causal") is False:
+        raise NotImplementedError("the model's attention looks ahead")
     if step is None:
         raise NotImplementedError("the model does not hand its keywords on to its attention")
     if unknown:
         raise NotImplementedError(f"the model's attention uses {', '.join(sorted(unknown))}")
     keys, values = step.cache.layer(getattr(module, "layer_idx", 0), key, value)
+    for chunk in step.chunks:
+        keys[chunk.slot, :, : chunk.stale].zero_()
+        values[chunk.slot, :, : chunk.stale].zero_()
     keys[step.slot_T, :, step.position_T] = key[0].transpose(0, 1)
     values[step.slot_T, :, step.position_T] = value[0].transpose(0, 1)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -111,6 +117,19 @@ def scaled_dot_product(
     scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
     weights = scores.masked_fill(~seen, float("-inf")).float().softmax(dim=-1)
     return weights.to(value.dtype) @ value
+
+
+def register_spy() -> set[int]:
+    """Makes a function known as `SPY` that attends and notes the windows it is told in the returned set."""
+    windows: set[int] = set()
+
+    def spy(*tensors: Any, **keywords: Any) -> tuple[Tensor, None]:
+        if keywords.get("sliding_window") is not None:
+            windows.add(keywords["sliding_window"])
+        return attend(*tensors, **keywords)
+
+    AttentionInterface.register(SPY, spy)
+    return windows
 
 
 def register() -> None:

@@ -54,13 +54,17 @@ class Inbox:
                 if isinstance(error, BaseCorrupt):
                     raise
 
-        self.put(Command(run, future.set_exception))
+        def refuse(error: EngineStopped) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        self.put(Command(run, refuse))
         return future
 
-    def run_all(self, *, wait: bool) -> None:
-        """Runs what is queued; with `wait`, waits for the first command if there is none."""
+    def run_all(self, *, wait: float | None) -> None:
+        """Runs what is queued; if nothing is, waits up to `wait` seconds for the first command, None for ever."""
         with contextlib.suppress(queue.Empty):
-            self._commands.get(block=wait).run()
+            self._commands.get(block=wait != 0, timeout=wait).run()
             while True:
                 self._commands.get(block=False).run()
 

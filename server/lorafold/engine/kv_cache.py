@@ -1,6 +1,7 @@
 """Keys and values of running sequences: one slot of fixed length for each, and the plan of one step over them.
 
-A slot holds what one adapter computed; it is never reused without being written again from its first position.
+A slot holds what one adapter computed. A step reads a slot up to the longest sequence in the batch, places after the
+sequence's own end included: they are masked, but 0 times NaN is NaN, so a new sequence finds nothing but zeros there.
 """
 
 from dataclasses import dataclass
@@ -10,14 +11,13 @@ from torch import Tensor
 
 
 class SlotCache:
-    """For each layer keys and values [slots, K, length, D], made when the layer first runs, filled with zeros.
-
-    Zeros matter: a masked place counts with weight 0, and 0 times uninitialised NaN would be NaN.
-    """
+    """For each layer keys and values [slots, K, length, D], made when the layer first runs, filled with zeros."""
 
     def __init__(self, *, slots: int, length: int) -> None:
         self.slots = slots
         self.length = length
+        self.written = [0] * slots
+        """How far each slot was written by its latest sequence."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,8 @@ class Chunk:
     slot: int
     past: int
     """Tokens of the sequence that are cached already."""
+    stale: int
+    """Places from the slot's first that an earlier sequence wrote and this one must find empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,9 @@ def plan_step(cache: SlotCache, parts: list[tuple[int, int, int]], device: torch
             decoding.append(start)
             longest = max(longest, past + 1)
         else:
-            chunks.append(Chunk(start=start, stop=start + tokens, slot=slot, past=past))
+            stale = 0 if past else cache.written[slot]
+            chunks.append(Chunk(start=start, stop=start + tokens, slot=slot, past=past, stale=stale))
+        cache.written[slot] = past + tokens
         start += tokens
     return Step(
         cache=cache,

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 import structlog
+import torch
 from torch import Tensor
 
 from lorafold.engine import emit
@@ -22,7 +23,7 @@ from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import DeadlineExceeded, EngineStopped, StepFailed
 from lorafold.requests import Failed, Provenance, Request, Sink
-from lorafold_adapters.errors import BaseCorrupt, LorafoldError
+from lorafold_adapters.errors import BaseCorrupt, DeviceFull, LorafoldError
 from lorafold_adapters.policy import Lane, Mode, PolicyKind
 
 T = TypeVar("T")
@@ -32,8 +33,12 @@ log = structlog.get_logger(__name__)
 class Observer(Protocol):
     """Whoever keeps count of what the engine does."""
 
-    def step(self, mode: Mode, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
+    def step(self, mode: Mode, seconds: float) -> None:
         """One forward step ran."""
+        ...
+
+    def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
+        """So many tokens of a prompt were read, and of an answer generated."""
         ...
 
     def queues(self, waiting: int, running: int) -> None:
@@ -105,17 +110,18 @@ class Engine:
         cause: BaseException | None = None
         try:
             while not self._stopping:
-                self._inbox.run_all(wait=not self._scheduler.rows)
+                self._inbox.run_all(wait=0 if self._scheduler.rows else None)
                 self._expire()
                 self._step()
                 self._tidy()
         except BaseException as error:
             cause = error
             log.critical("engine died", error=repr(error), exc_info=True)
-        self._inbox.close()
-        for row in self._scheduler.rows:
-            self._fail(row, EngineStopped(GONE))
-        self._on_death(cause)
+        finally:
+            self._inbox.close()
+            for row in self._scheduler.rows:
+                self._fail(row, EngineStopped(GONE))
+            self._on_death(cause)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -146,6 +152,7 @@ class Engine:
         for row in self._scheduler.running:
             if row.request.adapter == adapter:
                 row.lane = adapter
+        self._scheduler.requeue(row for row in self._scheduler.running if row.lane != adapter)
         return change
 
     def _unmerge(self) -> Change:
@@ -170,9 +177,13 @@ class Engine:
         """Plan, schedule, run, emit."""
         lanes = self._scheduler.lanes
         self._scheduler.admit(
-            lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()), self.now()
+            lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()),
+            self.now(),
+            held=self.weights.held,
         )
         if not lanes():
+            if self._scheduler.waiting:
+                self._wait_for_a_command()
             return
         start = self.now()
         try:
@@ -185,20 +196,27 @@ class Engine:
         if parts := self._scheduler.schedule(lane):
             self._run(parts, lane)
         else:
-            self._inbox.run_all(wait=True)  # An operator holds the weights; only a command can change that.
+            self._wait_for_a_command()
         self._wait((row for row in self._scheduler.running if row.lane != lane), self.now() - planned)
 
+    def _wait_for_a_command(self) -> None:
+        """An operator holds the weights and no row may run: only a command, or a deadline, changes that."""
+        deadlines = [row.request.deadline for row in self._scheduler.rows if row.request.deadline is not None]
+        self._inbox.run_all(wait=max(0.001, min(deadlines) - self.now()) if deadlines else None)
+
     def _turn_failed(self, failure: TurnFailed) -> None:
+        """Rows that may run two-path do; the others fail with the reason."""
         if isinstance(failure.error, BaseCorrupt):
             raise failure.error
         log.error("fold failed", adapter=failure.lane, error=str(failure.error))
         for row in self._scheduler.running:
-            if row.lane == failure.lane:
+            if row.lane == failure.lane and row.request.policy is PolicyKind.MERGED:
                 self._fail(row, failure.error)
+            elif row.lane == failure.lane:
+                row.lane = None
 
     def _run(self, parts: list[Part], lane: Lane) -> None:
         start = self.now()
-        prompt = sum(part.tokens for part in parts if not part.row.generated)
         pieces = [
             Piece(
                 tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
@@ -215,15 +233,28 @@ class Engine:
             for part in parts:
                 part.row.cached += part.tokens
             self._extend(sampling, logits_SV, lane)
+        except torch.AcceleratorError:
+            raise  # The device's context is lost, and with it every later step.
         except Exception as error:
-            log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
-            for part in parts:
-                if part.row in self._scheduler.running:
-                    self._fail(
-                        part.row, StepFailed(f"the model failed on this batch ({error}): send the request again")
-                    )
+            self._step_failed(parts, error)
             return
-        self._observer.step(self._mode(parts[0].row, lane), prompt, len(sampling), self.now() - start)
+        self._count(parts, lane, self.now() - start)
+
+    def _step_failed(self, parts: list[Part], error: Exception) -> None:
+        log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
+        told: LorafoldError = StepFailed(f"the model failed on this batch ({error}): send the request again")
+        if isinstance(error, torch.OutOfMemoryError):
+            told = DeviceFull("the device's memory is full: lower engine.max_batch or engine.prefill_tokens")
+        for part in parts:
+            if part.row in self._scheduler.running:
+                self._fail(part.row, told)
+
+    def _count(self, parts: list[Part], lane: Lane, seconds: float) -> None:
+        """A step with any low-rank path in it is an unmerged one, whoever else was in the batch."""
+        modes = [self._mode(part.row, lane) for part in parts]
+        self._observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
+        for part, mode in zip(parts, modes, strict=True):
+            self._observer.tokens(mode, prompt=0 if part.decodes else part.tokens, answer=int(part.samples))
 
     def _extend(self, rows: list[Row], logits_SV: Tensor, lane: Lane) -> None:
         """Chooses the next token of each row; what goes wrong with one row ends that row alone."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lorafold.engine.kv_cache import SlotCache, plan_step
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.errors import DeviceFull
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,15 @@ class Runner:
         self._model = model
         self._manager = manager
         self._cache = cache
+
+    def warm_up(self) -> None:
+        """Runs one token, so that the cache takes its memory now. Raises DeviceFull if there is not enough."""
+        try:
+            self.run([Piece(tokens=[0], slot=0, past=0, adapter=None, samples=True)])
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(
+                "the device's memory does not hold the cache: lower engine.max_batch or engine.max_context"
+            ) from error
 
     @torch.inference_mode()
     def run(self, pieces: list[Piece]) -> Tensor:

@@ -51,11 +51,10 @@ class Part:
     row: Row
     tokens: int
     """How many, from `row.cached` on."""
-
-    @property
-    def samples(self) -> bool:
-        """True if the step reaches the row's last token, so that the next one can be chosen."""
-        return self.row.cached + self.tokens == len(self.row.tokens)
+    decodes: bool
+    """True if the token is one of the answer; else it is part of the prompt."""
+    samples: bool
+    """True if the step reaches the row's last token, so that the next one can be chosen."""
 
 
 class Scheduler:
@@ -94,12 +93,27 @@ class Scheduler:
             raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
         self._waiting.append(row)
 
-    def admit(self, lane_of: Callable[[Row], Lane], now: float) -> None:
-        """Gives free slots to the rows that waited longest; a row's lane is chosen then."""
-        while self._waiting and self._free:
-            row = self._waiting.popleft()
-            row.slot, row.admitted, row.lane = self._free.pop(), now, lane_of(row)
-            self._running[row.request.id] = row
+    def admit(self, lane_of: Callable[[Row], Lane], now: float, *, held: str | None = None) -> None:
+        """Gives free slots to the rows that waited longest; a row's lane is chosen then.
+
+        While an adapter is `held`, only its rows get slots: others could not run and would keep its own out.
+        """
+        for row in list(self._waiting) if self._free else []:
+            if not self._free:
+                break
+            lane = lane_of(row)
+            if held is None or lane == held:
+                self._waiting.remove(row)
+                row.slot, row.admitted, row.lane = self._free.pop(), now, lane
+                self._running[row.request.id] = row
+
+    def requeue(self, rows: Iterable[Row]) -> None:
+        """Puts rows that have not run yet back at the head of the queue, in order of arrival, and frees their slots."""
+        back = sorted((row for row in rows if not row.cached), key=lambda row: row.request.arrived, reverse=True)
+        for row in back:
+            del self._running[row.request.id]
+            self._free.append(row.slot)
+            self._waiting.appendleft(row)
 
     def remove(self, row: Row) -> None:
         """Forgets a row, wherever it is, and frees its slot."""
@@ -111,12 +125,12 @@ class Scheduler:
     def schedule(self, lane: Lane) -> list[Part]:
         """One step of the lane's rows: a token for each that decodes, then prompts, up to the budget of tokens."""
         rows = [row for row in self._running.values() if row.lane == lane]
-        parts = [Part(row, 1) for row in rows if row.generated]
+        parts = [Part(row, 1, decodes=True, samples=True) for row in rows if row.generated]
         budget = self._prefill_tokens
         for row in rows:
             if not row.generated and budget:
                 tokens = min(len(row.tokens) - row.cached, budget)
-                parts.append(Part(row, tokens))
+                parts.append(Part(row, tokens, decodes=False, samples=row.cached + tokens == len(row.tokens)))
                 budget -= tokens
         return parts
 

@@ -55,6 +55,8 @@ class WeightsControl:
         self._on_change = on_change
         self._wanted: Counter[str] = Counter()
         self._pinned: str | None = None
+        self._unfoldable: set[str | None] = set()
+        """Adapters whose fold failed: from then on `auto` leaves them unmerged."""
         self._reason = "nothing was folded yet"
 
     @property
@@ -68,10 +70,17 @@ class WeightsControl:
             reason=self._reason,
         )
 
+    @property
+    def held(self) -> str | None:
+        """The adapter that MergeAdapter holds folded, if any."""
+        return self._pinned
+
     def lane(self, adapter: str | None, kind: PolicyKind, rows: dict[Lane, int]) -> Lane:
         """The lane of a row that starts now."""
         if adapter is not None and adapter == self._pinned:
             return adapter
+        if kind is PolicyKind.AUTO and adapter in self._unfoldable:
+            return None
         return self._policy.lane(adapter, kind, self._view(rows))
 
     def next_lane(self, rows: dict[Lane, int], now: float) -> Lane:
@@ -85,6 +94,8 @@ class WeightsControl:
         try:
             self._change(plan.folded, plan.reason)
         except LorafoldError as error:
+            self._pinned = None
+            self._unfoldable.add(plan.folded)
             raise TurnFailed(plan.folded, error) from error
         return plan.folded
 
@@ -128,6 +139,7 @@ class WeightsControl:
             if self._manager.fold_state.folded == adapter:
                 self._change(None, "no deployment points at the folded adapter any more")
             self._manager.drop(adapter)
+            self._unfoldable.discard(adapter)
             log.info("adapter dropped", adapter=adapter)
             del self._wanted[adapter]
 
@@ -137,21 +149,26 @@ class WeightsControl:
             raise AdapterNotLoaded(f"adapter {adapter[:12]} was removed while the request was on its way: try again")
 
     def _view(self, rows: dict[Lane, int]) -> LaneView:
-        return LaneView(folded=self._manager.fold_state.folded, pinned=self._pinned, rows=rows)
+        return LaneView(pinned=self._pinned, rows=rows)
 
     def _change(self, adapter: str | None, reason: str) -> Change:
-        generation = self._manager.fold_state.generation
+        before = self._manager.fold_state.generation
         start = time.perf_counter()
         written = 0
-        if adapter is None:
-            self._manager.unmerge_adapter()
-        else:
-            written = self._manager.merge_adapter(adapter)
         self._reason = reason
-        change = Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=written)
-        if change.state.generation != generation:
-            log.debug("weights changed", folded=adapter, generation=change.state.generation, reason=reason)
-            self._on_change(change)
+        try:
+            if adapter is None:
+                self._manager.unmerge_adapter()
+            else:
+                written = self._manager.merge_adapter(adapter)
+        except LorafoldError as error:
+            self._reason = str(error)
+            raise
+        finally:
+            change = Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=written)
+            if change.state.generation != before:
+                log.debug("weights changed", folded=change.state.folded, generation=change.state.generation)
+                self._on_change(change)
         return change
 
 

@@ -74,7 +74,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         try:
-            request = self._request(message, request_id, context)
+            request = await self._request(message, request_id, context)
             name = request.deployment
             self._engine.submit(request, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event))
             async for event in until_last(inbox):
@@ -91,13 +91,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 self._engine.cancel(request_id)
             self._metrics.request_ended(name, outcome)
 
-    def _request(
+    async def _request(
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, request_id: str, context: Context
     ) -> Request:
+        self._builder.check_size(message.spec)
         refuse_unknown_fields(message)
         required(message, "spec")
         self._deployments.resolve(message.spec.deployment or BASE)
-        prompt = self._builder.tokens(message.spec)
+        prompt = await self._builder.tokens(message.spec)
+        # Again, and no await from here to the inbox: the deployment may point elsewhere, or be gone, by now.
         target = self._deployments.resolve(message.spec.deployment or BASE)
         return self._builder.build(
             message.spec, request_id, prompt, target, self._engine.now(), context.time_remaining()

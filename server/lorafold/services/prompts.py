@@ -2,9 +2,11 @@
 before it costs anything.
 """
 
+import asyncio
 import math
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from lorafold.config import EngineConfig
 from lorafold.deployments import Target
@@ -23,6 +25,8 @@ class RequestBuilder:
     def __init__(self, base: LoadedBase, config: EngineConfig) -> None:
         self._base = base
         self._default_max_tokens = config.default_max_tokens
+        self._longest_token = max((len(token) for token in base.tokenizer.get_vocab()), default=1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafold-tokenizer")
         self.context = min(config.max_context, base.context)
         """Tokens of prompt and answer together."""
 
@@ -50,8 +54,28 @@ class RequestBuilder:
             deadline=None if time_left is None else now + time_left,
         )
 
-    def tokens(self, spec: pb.GenerationSpec) -> list[int]:
-        """The prompt as token ids, whichever way it was given. Raises InvalidField."""
+    def check_size(self, spec: pb.GenerationSpec) -> None:
+        """Refuses at once what can never fit the context, before anything reads it. Raises InvalidField."""
+        characters = self.context * self._longest_token
+        for field, size, most in (
+            ("spec.text", len(spec.text), characters),
+            ("spec.token_ids", len(spec.token_ids), self.context),
+            ("spec.messages", len(spec.messages), self.context),
+        ):
+            if size > most:
+                raise InvalidField(field, f"is {size} long, which can never fit a context of {self.context} tokens")
+        if sum(len(message.content) for message in spec.messages) > characters:
+            raise InvalidField("spec.messages", f"can never fit a context of {self.context} tokens: send fewer")
+
+    async def tokens(self, spec: pb.GenerationSpec) -> list[int]:
+        """The prompt as token ids, whichever way it was given. Raises InvalidField.
+
+        Tokenises in a thread of its own: the event loop goes on, and no two threads use the tokenizer's settings.
+        """
+        check_options(spec)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._tokens, spec)
+
+    def _tokens(self, spec: pb.GenerationSpec) -> list[int]:
         given = [
             name
             for name, there in (
@@ -106,14 +130,21 @@ class RequestBuilder:
         room = self.context - prompt
         if not spec.HasField("max_tokens"):
             return min(self._default_max_tokens, room)
-        if spec.max_tokens == 0:
-            raise InvalidField("spec.max_tokens", "is 0: ask for at least one token, or leave it out")
         if spec.max_tokens > room:
             raise InvalidField(
                 "spec.max_tokens",
                 f"is {spec.max_tokens}, but {prompt} prompt tokens leave {room} of {self.context}: ask for less",
             )
         return spec.max_tokens
+
+
+def check_options(spec: pb.GenerationSpec) -> None:
+    """Everything about a request but its prompt. Raises InvalidField."""
+    sampling(spec)
+    stop_strings(spec)
+    logprobs(spec)
+    if spec.HasField("max_tokens") and spec.max_tokens == 0:
+        raise InvalidField("spec.max_tokens", "is 0: ask for at least one token, or leave it out")
 
 
 def sampling(spec: pb.GenerationSpec) -> Sampling:

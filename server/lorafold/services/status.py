@@ -19,6 +19,7 @@ from lorafold_adapters.errors import LorafoldError
 log = structlog.get_logger(__name__)
 DOMAIN = "lorafold"
 RETRY_SECONDS = 1
+MAX_SENTENCE = 600
 
 # The first class that matches counts: subclasses before their parents.
 TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
@@ -31,6 +32,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (server.EngineStopped, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     (server.StepFailed, grpc.StatusCode.INTERNAL, "STEP_FAILED"),
+    (plugin.DeviceFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_FULL"),
     (plugin.AdapterNotFound, grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
     (plugin.AdapterCorrupt, grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_CORRUPT"),
     (plugin.AdapterUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSUPPORTED"),
@@ -54,13 +56,19 @@ def code_and_reason(error: LorafoldError) -> tuple[grpc.StatusCode, str]:
 def status_of(error: LorafoldError) -> status_pb2.Status:
     """The error as `google.rpc.Status`: its sentence, ErrorInfo, and BadRequest or RetryInfo where they fit."""
     code, reason = code_and_reason(error)
+    sentence = shortened(str(error))
     details = [packed(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))]
     if isinstance(error, server.InvalidField):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=sentence)
         details.append(packed(error_details_pb2.BadRequest(field_violations=[violation])))
     if reason in RETRIABLE:
         details.append(packed(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS))))
-    return status_pb2.Status(code=code.value[0], message=str(error), details=details)
+    return status_pb2.Status(code=code.value[0], message=sentence, details=details)
+
+
+def shortened(sentence: str) -> str:
+    """At most `MAX_SENTENCE` characters: status travels in headers, which a quoted input could overflow."""
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[: MAX_SENTENCE - 4]} ..."
 
 
 def packed(message: Any) -> AnyMessage:
