@@ -13,7 +13,7 @@ import torch
 from lorafold.app import App, start_app
 from lorafold.cli.demo import shipped_set
 from lorafold.client import Client
-from lorafold.config import Config, DeploymentConfig, LogConfig, parse_config
+from lorafold.config import Config, LogConfig, parse_config
 from lorafold.demo.reference import Reference
 from lorafold.logs import set_up_logging
 from tests.models import save_adapter, tiny_llama, tiny_qwen
@@ -78,10 +78,6 @@ def demo_config(**sections: object) -> Config:
         ],
     }
     return parse_config({**content, **sections}, Path("test.toml"))
-
-
-def deployment(name: str, adapter: Path, policy: str) -> DeploymentConfig:
-    return DeploymentConfig.model_validate({"name": name, "adapter": str(adapter), "policy": policy})
 
 
 @pytest.fixture(scope="session")

@@ -110,3 +110,16 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 def apart(one: Tensor, other: Tensor) -> float:
     """Largest difference over the largest value."""
     return float((one - other).abs().max() / other.abs().max())
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(model: torch.nn.Module, before: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name

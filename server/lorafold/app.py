@@ -127,8 +127,10 @@ async def load_parts(config: Config, say: Say) -> Parts:
     loop = asyncio.get_running_loop()
     died: asyncio.Future[BaseException | None] = loop.create_future()
     limits = config.engine
-    runner = Runner(model, manager, SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context)))
-    await timed(say, "warmed up", runner.warm_up)
+    cache = SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context))
+    runner = Runner(model, manager, cache)
+    await timed(say, "made the cache", runner.warm_up)
+    say(f"  {cache.slots} sequences of {cache.length} tokens, {cache.nbytes / 1e6:,.0f} MB")
     engine = make_engine(
         base, manager, runner, config, metrics, lambda why: loop.call_soon_threadsafe(died.set_result, why)
     )

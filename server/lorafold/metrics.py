@@ -12,7 +12,7 @@ MAX_DEPLOYMENTS = 100
 
 
 class Metrics:
-    """What the server counts. Implements `engine.loop.Observer`."""
+    """What the server counts. Implements `engine.observer.Observer`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry

@@ -134,17 +134,20 @@ def exact_match(outcomes: list[Outcome]) -> dict[str, float]:
 
 def print_table(outcomes: list[Outcome], wrong: list[Outcome]) -> None:
     """What happened, for people."""
-    table = Table("deployment", "policy", "requests", "cancelled", "modes", "differs from PEFT", "does its task")
+    table = Table(
+        "deployment", "what it does", "policy", "requests", "cancelled", "modes", "differs from PEFT", "right"
+    )
     matches = exact_match(outcomes)
     for name in sorted({outcome.deployment for outcome in outcomes}):
         own = [outcome for outcome in outcomes if outcome.deployment == name]
         table.add_row(
             name,
-            POLICIES.get(name, "unmerged, swapped" if name == LIVE else ""),
+            TASKS[name].says if name in TASKS else "copies" if name == "base" else "is swapped meanwhile",
+            POLICIES.get(name, "unmerged" if name == LIVE else ""),
             str(len(own)),
             str(sum(outcome.cancelled for outcome in own)),
             ", ".join(sorted({outcome.mode for outcome in own if outcome.mode})),
             str(sum(outcome in wrong for outcome in own)),
             f"{matches.get(name, 0.0):.0%}",
         )
-    Console(width=110).print(table)
+    Console(width=118).print(table)

@@ -38,19 +38,10 @@ def attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the cache: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
-    unknown = {name for name, value in others.items() if value is not None} - HARMLESS
-    if others.get("is_causal") is False:
-        raise NotImplementedError("the model's attention looks ahead")
     if step is None:
         raise NotImplementedError("the model does not hand its keywords on to its attention")
-    if unknown:
-        raise NotImplementedError(f"the model's attention uses {', '.join(sorted(unknown))}")
-    keys, values = step.cache.layer(getattr(module, "layer_idx", 0), key, value)
-    for chunk in step.chunks:
-        keys[chunk.slot, :, : chunk.stale].zero_()
-        values[chunk.slot, :, : chunk.stale].zero_()
-    keys[step.slot_T, :, step.position_T] = key[0].transpose(0, 1)
-    values[step.slot_T, :, step.position_T] = value[0].transpose(0, 1)
+    refuse_unknown(others)
+    keys, values = step.cache.store(getattr(module, "layer_idx", 0), key, value, step)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     output_HTD = query.new_empty(query.shape[1], query.shape[2], value.shape[-1])
     if step.decoding_B.numel():
@@ -59,6 +50,15 @@ def attend(
         part = slice(chunk.start, chunk.stop)
         output_HTD[:, part] = prefill(query[0, :, part], keys, values, chunk, scale, sliding_window, softcap)
     return output_HTD.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def refuse_unknown(keywords: dict[str, Any]) -> None:
+    """Raises NotImplementedError for keywords that would change what attention computes."""
+    unknown = {name for name, value in keywords.items() if value is not None} - HARMLESS
+    if keywords.get("is_causal") is False:
+        raise NotImplementedError("the model's attention looks ahead")
+    if unknown:
+        raise NotImplementedError(f"the model's attention uses {', '.join(sorted(unknown))}")
 
 
 def decode(

@@ -20,11 +20,15 @@ class SlotCache:
         """How far each slot was written by its latest sequence."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's cache for keys and values shaped like `key` and `value` [1, K, T, D]."""
-        if index not in self._layers:
-            self._layers[index] = (self._zeros(key), self._zeros(value))
-        return self._layers[index]
+    def store(self, layer: int, key: Tensor, value: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+        """Puts `key` and `value` [1, K, T, D] of a step in their places; returns the layer's whole cache."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._zeros(key), self._zeros(value))
+        for cached, new in zip(self._layers[layer], (key, value), strict=True):
+            for chunk in step.chunks:
+                cached[chunk.slot, :, : chunk.stale].zero_()
+            cached[step.slot_T, :, step.position_T] = new[0].transpose(0, 1)
+        return self._layers[layer]
 
     def _zeros(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.slots, like.shape[1], self.length, like.shape[3])

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lorafold.engine import emit
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
+from lorafold.engine.observer import Observer, mode_of, observe
 from lorafold.engine.runner import Piece, Runner
 from lorafold.engine.sampling import Choice, choose, logprobs_of
 from lorafold.engine.scheduler import Part, Row, Scheduler
@@ -24,26 +25,10 @@ from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import DeadlineExceeded, EngineStopped, StepFailed
 from lorafold.requests import Failed, Provenance, Request, Sink
 from lorafold_adapters.errors import BaseCorrupt, DeviceFull, LorafoldError
-from lorafold_adapters.policy import Lane, Mode, PolicyKind
+from lorafold_adapters.policy import Lane, PolicyKind
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-
-class Observer(Protocol):
-    """Whoever keeps count of what the engine does."""
-
-    def step(self, mode: Mode, seconds: float) -> None:
-        """One forward step ran."""
-        ...
-
-    def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
-        """So many tokens of a prompt were read, and of an answer generated."""
-        ...
-
-    def queues(self, waiting: int, running: int) -> None:
-        """How many rows there are now."""
-        ...
 
 
 class Engine:
@@ -238,7 +223,7 @@ class Engine:
         except Exception as error:
             self._step_failed(parts, error)
             return
-        self._count(parts, lane, self.now() - start)
+        observe(self._observer, parts, lane, self.now() - start)
 
     def _step_failed(self, parts: list[Part], error: Exception) -> None:
         log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
@@ -249,13 +234,6 @@ class Engine:
             if part.row in self._scheduler.running:
                 self._fail(part.row, told)
 
-    def _count(self, parts: list[Part], lane: Lane, seconds: float) -> None:
-        """A step with any low-rank path in it is an unmerged one, whoever else was in the batch."""
-        modes = [self._mode(part.row, lane) for part in parts]
-        self._observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
-        for part, mode in zip(parts, modes, strict=True):
-            self._observer.tokens(mode, prompt=0 if part.decodes else part.tokens, answer=int(part.samples))
-
     def _extend(self, rows: list[Row], logits_SV: Tensor, lane: Lane) -> None:
         """Chooses the next token of each row; what goes wrong with one row ends that row alone."""
         if not rows:
@@ -265,7 +243,7 @@ class Engine:
         logprobs = logprobs_of(logits_SV, tokens, choices)
         generation = self.weights.state.generation
         for row, token, reported in zip(rows, tokens, logprobs, strict=True):
-            provenance = Provenance(mode=self._mode(row, lane), generation=generation)
+            provenance = Provenance(mode=mode_of(row, lane), generation=generation)
             try:
                 done = emit.token(row, token, reported, provenance, self._vocabulary, self.now())
             except Exception as error:
@@ -274,12 +252,6 @@ class Engine:
                 continue
             if done:
                 self._scheduler.remove(row)
-
-    @staticmethod
-    def _mode(row: Row, lane: Lane) -> Mode:
-        if row.request.adapter is None:
-            return Mode.BASE
-        return Mode.UNMERGED if lane is None else Mode.MERGED
 
     @staticmethod
     def _wait(rows: Iterable[Row], seconds: float) -> None:

@@ -1,0 +1,37 @@
+"""What the engine tells whoever keeps count of it. Knows no Prometheus."""
+
+from typing import Protocol
+
+from lorafold.engine.scheduler import Part, Row
+from lorafold_adapters.policy import Lane, Mode
+
+
+class Observer(Protocol):
+    """Whoever keeps count of what the engine does."""
+
+    def step(self, mode: Mode, seconds: float) -> None:
+        """One forward step ran."""
+        ...
+
+    def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
+        """So many tokens of a prompt were read, and of an answer generated."""
+        ...
+
+    def queues(self, waiting: int, running: int) -> None:
+        """How many rows there are now."""
+        ...
+
+
+def mode_of(row: Row, lane: Lane) -> Mode:
+    """By which path a row is computed in a step of this lane."""
+    if row.request.adapter is None:
+        return Mode.BASE
+    return Mode.UNMERGED if lane is None else Mode.MERGED
+
+
+def observe(observer: Observer, parts: list[Part], lane: Lane, seconds: float) -> None:
+    """Tells of one step. With any low-rank path in it, it is an unmerged one, whoever else was in the batch."""
+    modes = [mode_of(part.row, lane) for part in parts]
+    observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
+    for part, mode in zip(parts, modes, strict=True):
+        observer.tokens(mode, prompt=0 if part.decodes else part.tokens, answer=int(part.samples))
