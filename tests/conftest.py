@@ -34,8 +34,8 @@ class RunningServer:
         self.client = Client(app.address)
 
     def stop(self, grace: float = 0.0) -> None:
-        self.client.close()
         asyncio.run_coroutine_threadsafe(self.app.stop(grace), self.loop).result(timeout=60)
+        self.client.close()
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def test_bytes_that_are_no_message_end_that_call_alone(server: RunningServer, cl
         (
             lambda stubs: stubs.deployments.DeleteDeployment(deployment_pb2.DeleteDeploymentRequest(name="base")),
             "NOT_FOUND",
-            "'base'",
+            "built in",
         ),
         (
             lambda stubs: stubs.deployments.CreateDeployment(deployment_pb2.CreateDeploymentRequest()),

@@ -126,6 +126,9 @@ def test_weights_by_hand(serve: Serve) -> None:
         (["generate", "-d", "nobody", "x"], "no deployment is named 'nobody'"),
         (["generate", "x", "--temperature", "-1"], "spec.sampling.temperature"),
         (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "x", "--max-tokens", "99999999999"], "--max-tokens"),
+        (["generate", "x", "--timeout", "0"], "--timeout"),
+        (["deployments", "delete", "base"], "built in"),
         (["generate", ""], "empty"),
         (["deployments", "create", "x", "--adapter", "no/such/folder"], "no adapter folder"),
         (["deployments", "create", "x y", "--adapter", "z"], "'x y'"),
@@ -155,7 +158,8 @@ def test_no_server_is_one_sentence() -> None:
     ("text", "words"),
     [
         ("[base]\nmodle = 1", "base.model"),
-        ('[base]\nmodel = "no/such/model"', "no/such/model"),
+        ('[base]\nmodel = "no/such/model"', "no folder here"),
+        (f'[base]\nmodel = "{DEMO / "upper"}"', "is a PEFT adapter"),
         (f'[base]\nmodel = "{DEMO / "base"}"\ndevice = "cuda:7"', "cuda"),
         (
             f'[base]\nmodel = "{DEMO / "base"}"\n[[deployments]]\nname = "x"\nadapter = "nowhere"',
@@ -177,7 +181,8 @@ def test_a_server_that_cannot_start_says_why_in_one_sentence(text: str, words: s
 def test_a_taken_port_is_one_sentence(serve: Serve, tmp_path: Path) -> None:
     done = lorafold("serve", str(config_file(tmp_path)), "--address", serve.address)
     assert done.returncode == 1
-    assert serve.address in done.stderr.splitlines()[-1]
+    assert f"cannot listen on {serve.address} (server.address)" in done.stderr
+    assert "loaded" not in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -281,3 +281,25 @@ def test_two_changes_of_one_deployment_at_once_are_not_mixed(own: RunningServer)
     now = own.client.stubs.deployments.GetDeployment(pb.GetDeploymentRequest(name="raced")).deployment
     assert now.adapter_digest in digests
     delete(own.client, "raced")
+
+
+def test_deleting_the_held_deployment_lets_the_others_run() -> None:
+    with serving(demo_config()) as own:
+        client = own.client
+        client.stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest(deployment="upper"))
+        delete(client, "upper")
+        assert client.generate("Hello", deployment="rot13", timeout=30).text == "Uryyb"
+        state = client.stubs.weights.GetFoldState(weights_pb2.GetFoldStateRequest()).fold_state
+        assert not state.pinned
+
+
+def test_stopping_lets_requests_behind_a_hold_finish() -> None:
+    with serving(demo_config()) as own, ThreadPoolExecutor(1) as pool:
+        own.client.stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest(deployment="upper"))
+        stream = own.client.stream("Hello", deployment="rot13")
+        waiting = pool.submit(lambda: "".join(stream))
+        rows = lambda: len(own.app.parts.engine._scheduler.rows)  # noqa: E731
+        while not own.app.parts.engine.call(rows).result(10):
+            pass
+        own.stop(grace=30)
+        assert waiting.result(30) == "Uryyb"

@@ -1,6 +1,7 @@
 """Wires base, plugin, engine and services into one server; health, reflection, and a graceful stop."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
 from lorafold_adapters.policy import TurnTaking
 
@@ -87,6 +89,7 @@ class App:
     async def stop(self, grace: float | None = None) -> None:
         """Takes no more requests, lets those in flight finish for `grace` seconds, then ends everything."""
         await self._health.enter_graceful_shutdown()
+        self.parts.engine.release()  # Or requests that wait on a held adapter could not finish.
         await self._server.stop(self.parts.config.server.grace_seconds if grace is None else grace)
         await asyncio.to_thread(self.parts.engine.stop)
         await self._watch
@@ -102,6 +105,7 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
 
     Raises ConfigError, ModelUnsupported or a subclass of AdapterError.
     """
+    refuse_cheap_mistakes(config)
     parts = await load_parts(config, say)
     parts.engine.start()
     app: App | None = None
@@ -114,6 +118,22 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
         await (asyncio.to_thread(parts.engine.stop) if app is None else app.stop(0))
         raise
     return app
+
+
+def refuse_cheap_mistakes(config: Config) -> None:
+    """What would otherwise be found after minutes of loading. Raises ConfigError."""
+    for key in ("address", "metrics_address"):
+        host, _, port = getattr(config.server, key).rpartition(":")
+        try:
+            with socket.create_server((host.strip("[]"), int(port))):
+                pass
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port} (server.{key}): {error.strerror or error}") from error
+    for wanted in config.deployments:
+        try:
+            read_options(config.folder / wanted.adapter)
+        except AdapterError as error:
+            raise ConfigError(f"deployment '{wanted.name}': {error}") from error
 
 
 async def load_parts(config: Config, say: Say) -> Parts:

@@ -233,7 +233,10 @@ def server_error(error: Any) -> ServerError:
             reason = info.reason
         elif detail.Unpack(bad) and bad.field_violations:
             field_name = bad.field_violations[0].field
-    return ServerError(error.code().name, error.details() or error.code().name, reason, field_name)
+    message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not reason:
+        message = "the timeout passed before the answer was complete: allow more time or fewer max_tokens"
+    return ServerError(error.code().name, message, reason, field_name)
 
 
 def status_details(error: Any) -> Sequence[Any]:

@@ -13,6 +13,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"
 """The deployment that is always there: the base model without an adapter."""
 
+SENTENCES = {"extra_forbidden": "no such key: correct or remove it", "missing": "is missing: add it"}
+"""Better words for some of pydantic's errors."""
+
 
 def check_address(value: str) -> str:
     """Raises ValueError unless `value` is host:port."""
@@ -124,11 +127,14 @@ def parse_config(content: dict[str, Any], file: Path) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"'{file}': key '{key}': {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        sentence = SENTENCES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"'{file}': key '{key}': {sentence[0].lower()}{sentence[1:]}") from error
     names = [deployment.name for deployment in config.deployments]
     for name in names:
-        if name == BASE or names.count(name) > 1:
-            raise ConfigError(f"'{file}': deployment '{name}' is there twice: every name once, and 'base' is built in")
+        if name == BASE:
+            raise ConfigError(f"'{file}': deployment 'base' is built in: choose another name")
+        if names.count(name) > 1:
+            raise ConfigError(f"'{file}': deployment '{name}' is there twice: every name once")
     return config
 
 

@@ -59,7 +59,7 @@ class Deployments:
     def __init__(self, manager: AdapterManager, engine: Engine, folder: Path) -> None:
         self._manager = manager
         self._engine = engine
-        self._folder = folder
+        self._folder = folder.absolute()
         self._by_name: dict[str, Deployment] = {}
         self._busy: set[str] = set()
         self._binding = asyncio.Lock()
@@ -74,6 +74,8 @@ class Deployments:
 
     def get(self, name: str) -> Deployment:
         """Raises DeploymentNotFound."""
+        if name == BASE:
+            raise DeploymentNotFound("'base' is built in: it can be called, but not looked up, changed or deleted")
         if name not in self._by_name:
             raise DeploymentNotFound(f"no deployment is named '{name}': list them, or create it first")
         return self._by_name[name]

@@ -1,6 +1,7 @@
 """Loads the base model and its tokenizer, and makes sure that our attention computes what the model means."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -50,6 +51,7 @@ class LoadedBase:
 
 def load_base(config: BaseConfig, path: str) -> LoadedBase:
     """Loads the base from `path`, a folder or a name on the hub. Raises ModelUnsupported."""
+    refuse_no_model(path)
     device = pick_device(config.device)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
@@ -60,6 +62,15 @@ def load_base(config: BaseConfig, path: str) -> LoadedBase:
         raise ModelUnsupported(f"cannot load the base model '{path}': {first_line(error)}") from error
     windows = use_our_attention(model)
     return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model, windows))
+
+
+def refuse_no_model(path: str) -> None:
+    """Raises ModelUnsupported for what can be neither a model's folder nor a name on the hub."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelUnsupported(f"base.model '{path}' is a PEFT adapter: name the model it was trained on")
+    if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ModelUnsupported(f"base.model '{path}' is no folder here and no name on the hub: correct it")
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

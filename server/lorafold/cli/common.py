@@ -30,7 +30,7 @@ def connected(address: str) -> "Iterator[Client]":
             with translated():
                 yield client
         except ServerError as error:
-            if error.code == "UNAVAILABLE" and not error.reason:
+            if error.code == "UNAVAILABLE" and "connect" in str(error):
                 raise click.ClickException(
                     f"no server answers at {address}: start one with 'lorafold serve'"
                 ) from error

@@ -13,10 +13,11 @@ import click
     "--set", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Use the demo set in DIR."
 )
 def demo(make: Path | None, seed: int, requests: int, folder: Path | None) -> int:
-    """Start a server on the demo set, send it mixed traffic, and check every answer.
+    """Serve the demo set and check every answer.
 
-    Swaps adapters and cancels requests meanwhile. Prints a table and, as its last line, one JSON object; the exit
-    status is 0 only if every answer was right and the base was given back bit for bit.
+    Sends mixed traffic to a server of its own, swaps adapters and cancels requests meanwhile. Prints a table and, as
+    its last line, one JSON object; the exit status is 0 only if every answer was right and the base was given back
+    bit for bit.
     """
     if make is not None:
         from lorafold.demo.make import make_demo_set

@@ -11,18 +11,21 @@ from lorafold.cli.common import address_option, connected, json_option
 @click.command()
 @click.argument("prompt")
 @click.option("-d", "--deployment", default="base", show_default=True, help="Who answers.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="At most this many tokens.")
+@click.option("--max-tokens", type=click.IntRange(1, 2**31), help="At most this many tokens.")
 @click.option("--temperature", type=float, help="0 is greedy, which is the default.")
-@click.option("--top-k", type=click.IntRange(min=0), help="Draw among this many most likely tokens.")
+@click.option("--top-k", type=click.IntRange(0, 2**31), help="Draw among this many most likely tokens.")
 @click.option("--top-p", type=float, help="Draw among the most likely tokens that reach this probability.")
-@click.option("--seed", type=click.IntRange(min=0), help="Makes a draw repeatable.")
+@click.option("--seed", type=click.IntRange(0, 2**63), help="Makes a draw repeatable.")
 @click.option("--stop", multiple=True, help="End before this string. May be given more than once.")
 @click.option("--chat", is_flag=True, help="Send PROMPT as a user's message through the model's chat template.")
-@click.option("--timeout", type=click.FloatRange(min=0), help="Give up after this many seconds.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Give up after this many seconds.")
 @json_option
 @address_option
 def generate(prompt: str, deployment: str, chat: bool, as_json: bool, address: str, **options: object) -> None:
-    """Print the answer to PROMPT as it is generated ('-' reads it from stdin)."""
+    """Print the answer to PROMPT as it comes.
+
+    A PROMPT of '-' is read from stdin.
+    """
     text = sys.stdin.read() if prompt == "-" else prompt
     with connected(address) as client:
         stream = client.stream([("user", text)] if chat else text, deployment=deployment, **options)

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 def serve(
     file: Path, address: str | None, metrics_address: str | None, device: str | None, log_format: str | None
 ) -> None:
-    """Serve the base model and the deployments of FILE (default: lorafold.toml).
+    """Serve a base model and its deployments.
+
+    FILE says which; it is lorafold.toml unless given.
 
     \b
-    A file needs only its first two lines:
+    A file needs [base] with a model; deployments can also be made later:
         [base]
         model = "path/or/hub-name"        # any transformers decoder
         [[deployments]]

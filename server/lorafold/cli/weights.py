@@ -9,7 +9,7 @@ from lorafold.cli.common import address_option, connected
 
 @click.group()
 def weights() -> None:
-    """Look at the weights, fold an adapter by hand, verify the base."""
+    """See, fold and verify the weights by hand."""
 
 
 @weights.command()
@@ -26,7 +26,10 @@ def state(address: str) -> None:
 @click.argument("deployment")
 @address_option
 def merge(deployment: str, address: str) -> None:
-    """Fold DEPLOYMENT's adapter and hold it; everybody else waits until 'unmerge'."""
+    """Fold DEPLOYMENT's adapter and hold it; everybody else waits until 'unmerge'.
+
+    Takes over from another deployment that is held.
+    """
     from lorafold.v1 import weights_pb2 as pb
 
     with connected(address) as client:
@@ -47,7 +50,10 @@ def unmerge(address: str) -> None:
 @click.pass_context
 @address_option
 def verify(context: click.Context, address: str) -> None:
-    """Compare every weight with what was loaded; exit status 1 if one differs."""
+    """Compare every weight with what was loaded; exit status 1 if one differs.
+
+    Gives the base back for it, between two steps, and then folds again what was held.
+    """
     from lorafold.v1 import weights_pb2 as pb
 
     with connected(address) as client:

@@ -84,6 +84,10 @@ class Engine:
         """Gives the base back before the next step, and the weights to the policy."""
         return self.call(self._unmerge)
 
+    def release(self) -> None:
+        """Gives the weights to the policy before the next step if an adapter is held, without waiting for it."""
+        self._inbox.put(Command(lambda: self.weights.held and self._unmerge(), lambda _: None))
+
     @staticmethod
     def now() -> float:
         """The engine's clock, seconds."""
@@ -151,7 +155,11 @@ class Engine:
         now = self.now()
         for row in self._scheduler.rows:
             if row.request.deadline is not None and now > row.request.deadline:
-                self._fail(row, DeadlineExceeded("the request's deadline passed: allow more time or fewer max_tokens"))
+                held = self.weights.held not in (None, row.lane)
+                remedy = (
+                    "the weights are held by MergeAdapter: unmerge" if held else "allow more time or fewer max_tokens"
+                )
+                self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
 
     def _tidy(self) -> None:
         self._scheduler.check_integrity()

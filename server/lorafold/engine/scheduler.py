@@ -79,7 +79,7 @@ class Scheduler:
         return tuple(self._running.values())
 
     @property
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> tuple[Row, ...]:
         """All rows."""
         return (*self._running.values(), *self._waiting)
 

@@ -134,7 +134,10 @@ class WeightsControl:
     def sweep(self, used: set[str]) -> None:
         """Drops the adapters that no deployment points at and no row uses."""
         for adapter in [name for name, count in self._wanted.items() if count <= 0]:
-            if adapter in used or adapter == self._pinned:
+            if adapter == self._pinned:
+                self._pinned = None
+                log.info("hold released: no deployment points at the held adapter any more", adapter=adapter)
+            if adapter in used:
                 continue
             if self._manager.fold_state.folded == adapter:
                 self._change(None, "no deployment points at the folded adapter any more")

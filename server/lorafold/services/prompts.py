@@ -57,13 +57,13 @@ class RequestBuilder:
     def check_size(self, spec: pb.GenerationSpec) -> None:
         """Refuses at once what can never fit the context, before anything reads it. Raises InvalidField."""
         characters = self.context * self._longest_token
-        for field, size, most in (
-            ("spec.text", len(spec.text), characters),
-            ("spec.token_ids", len(spec.token_ids), self.context),
-            ("spec.messages", len(spec.messages), self.context),
+        for field, size, most, unit in (
+            ("spec.text", len(spec.text), characters, "characters"),
+            ("spec.token_ids", len(spec.token_ids), self.context, "tokens"),
+            ("spec.messages", len(spec.messages), self.context, "messages"),
         ):
             if size > most:
-                raise InvalidField(field, f"is {size} long, which can never fit a context of {self.context} tokens")
+                raise InvalidField(field, f"has {size} {unit}, which can never fit a context of {self.context} tokens")
         if sum(len(message.content) for message in spec.messages) > characters:
             raise InvalidField("spec.messages", f"can never fit a context of {self.context} tokens: send fewer")
 
