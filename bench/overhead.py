@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     """Measures and prints."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT to transformers, about a name.
     arguments = parsed()
     layers, rounds = (4, 8) if arguments.quick else (12, 20)
     device = pick_device(arguments.device)
