@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -75,8 +76,25 @@ def on(device: str, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Random weights, biases too; `family` is the prefix of transformers' classes."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return frozen(model, dtype)
+
+
 def save_adapter(
-    model: PreTrainedModel, folder: Path, seed: int = 1, *, embeddings: bool = False, **config: Any
+    model: PreTrainedModel,
+    folder: Path,
+    seed: int = 1,
+    *,
+    method: type[PeftConfig] = LoraConfig,
+    embeddings: bool = False,
+    **config: Any,
 ) -> Path:
     """A PEFT checkpoint for a base like `model`, with every tensor random, so that it changes what the model says.
 
@@ -84,7 +102,8 @@ def save_adapter(
     writes into it.
     """
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **config}))
+    defaults = {"r": 4, "lora_alpha": 8} if method is LoraConfig else {}
+    adapted = get_peft_model(model, method(**{"task_type": "CAUSAL_LM", **defaults, **config}))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_magnitude" in name:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafold_adapters import AdapterManager, read_checkpoint
-from lorafold_adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound, AdapterUnsupported
+from lorafold_adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound, AdapterUnsupported, BaseMismatch
 from tests.models import KINDS, save_adapter, tiny_llama
 
 MakeAdapter = Callable[..., Path]
@@ -107,15 +107,13 @@ def test_integer_tensors(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "VERA"}, "VERA"),
         ({"peft_type": None}, "None"),
         ({"warp_drive": True}, "warp_drive"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"use_qalora": True}, "QA-LoRA"),
     ],
 )
@@ -180,13 +178,11 @@ def test_a_configuration_that_peft_cannot_resolve(adapter: Path, options: dict[s
         AdapterManager(tiny_llama()).load("it", adapter)
 
 
-def test_lora_on_an_embedding_is_refused_by_name(tmp_path: Path) -> None:
-    adapter = save_adapter(tiny_llama(), tmp_path, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(AdapterUnsupported, match="embed_tokens"):
-        AdapterManager(tiny_llama()).load("it", adapter)
-
-
-def test_a_copy_of_the_bases_own_embedding_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_bases_own_head_in_an_adapter_is_compared_with_the_base(tmp_path: Path) -> None:
     adapter = save_adapter(tiny_llama(), tmp_path, embeddings=True, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(AdapterUnsupported, match="save_embedding_layers=False"):
-        AdapterManager(tiny_llama()).load("it", adapter)
+    manager = AdapterManager(tiny_llama())
+    assert manager.load("it", adapter).bound == 3
+    manager.merge_adapter("it")
+    manager.load("again", adapter)  # Compared with the base, not with what is folded.
+    with pytest.raises(BaseMismatch, match=r"copy of its base's 'lm_head\.weight'"):
+        AdapterManager(tiny_llama(seed=5)).load("it", adapter)

@@ -60,12 +60,12 @@ def test_an_answer_that_cannot_be_told_fails_alone() -> None:
 def test_a_fold_that_fails_fails_its_rows_and_nobody_elses(
     adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafold_adapters import fold
+    from lorafold_adapters.delta import AddProduct
 
     with Bench(tiny_llama()) as bench:
         digest = bench.load(adapter_on_llama(**KINDS["plain"]))
         base = bench.submit("base", PROMPT, 40)
-        monkeypatch.setattr(fold, "folded_weight", lambda *_: (_ for _ in ()).throw(MemoryError("injected")))
+        monkeypatch.setattr(AddProduct, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("injected")))
         merged = bench.submit("merged", PROMPT, adapter=digest, policy=PolicyKind.MERGED)
         assert isinstance(merged.last, Failed)
         assert isinstance(merged.last.error, FoldFailed)
@@ -214,13 +214,13 @@ def test_merging_takes_slots_back_from_rows_that_have_not_run(adapter_on_llama: 
 def test_an_auto_adapter_that_cannot_be_folded_goes_on_two_path(
     adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafold_adapters import fold
+    from lorafold_adapters.delta import AddProduct
 
     with Bench(tiny_llama()) as bench:
         digest = bench.load(adapter_on_llama(**KINDS["plain"]))
         expected = bench.submit("unmerged", PROMPT, 20, adapter=digest)
         assert isinstance(expected.last, Finished)
-        monkeypatch.setattr(fold, "folded_weight", lambda *_: (_ for _ in ()).throw(MemoryError("injected")))
+        monkeypatch.setattr(AddProduct, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("injected")))
         answer = bench.submit("auto", PROMPT, 20, adapter=digest, policy=PolicyKind.AUTO)
         assert isinstance(answer.last, Finished)
         assert answer.last.provenance.mode is Mode.UNMERGED

@@ -1,5 +1,6 @@
 """Folding: equal to PEFT's merge, and undone bit for bit whatever happens. Oracles: PEFT, torch.equal."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.errors import (
-    AdapterUnsupported,
-    FoldFailed,
-)
+from lorafold_adapters import undo as undo_module
+from lorafold_adapters.delta import AddProduct
+from lorafold_adapters.errors import AdapterUnsupported, FoldFailed
+from lorafold_adapters.undo import UndoKind
 from tests.models import (
     BIASED_KINDS,
     DEVICES,
@@ -30,6 +32,7 @@ from tests.tolerances import LOGITS, WEIGHTS
 
 MakeAdapter = Callable[..., Path]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+UNDO_KINDS: list[UndoKind] = ["checkpoint", "host", "device", "sparse"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -53,13 +56,15 @@ def test_folded_weights_equal_peft_merge(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("undo", UNDO_KINDS)
 def test_any_sequence_of_folds_gives_the_base_back_bit_for_bit(
-    dtype: torch.dtype, device: str, adapter_on_llama: MakeAdapter
+    undo: UndoKind, dtype: torch.dtype, device: str, adapter_on_llama: MakeAdapter, tmp_path: Path
 ) -> None:
+    tiny_llama(dtype=dtype).save_pretrained(tmp_path)
     model = on(device, tiny_llama(dtype=dtype))
     before = weights_of(model)
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    manager = AdapterManager(model)
+    manager = AdapterManager(model, undo=undo, source=tmp_path)
     names = ["plain", "dora", "saved-head", "one-layer", "saved-norm"]
     for name in names:
         manager.load(name, adapter_on_llama(**KINDS[name]))
@@ -99,42 +104,112 @@ def test_a_fold_does_not_depend_on_what_was_folded_before(adapter_on_llama: Make
     assert_same_weights(detour, weights_of(direct))
 
 
+@pytest.mark.parametrize("undo", UNDO_KINDS)
+@pytest.mark.parametrize("place", ["before", "inside", "after", "nan"])
 def test_a_fold_that_fails_half_way_gives_the_base_back(
-    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+    place: str, undo: UndoKind, adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafold_adapters import delta, fold
-
-    model = tiny_llama()
+    model = tiny_llama(dtype=torch.bfloat16)
     before = weights_of(model)
-    manager = AdapterManager(model)
+    manager = AdapterManager(model, undo=undo)
     manager.load("good", adapter_on_llama(**KINDS["plain"]))
     manager.load("bad", adapter_on_llama(seed=2, **KINDS["all-linear"]))
     manager.merge_adapter("good")
-    real, calls = delta.folded_weight, [0]
-
-    def failing(*args: Any) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 5:
-            raise MemoryError("injected")
-        return real(*args)
-
-    monkeypatch.setattr(fold, "folded_weight", failing)
-    with pytest.raises(FoldFailed, match="injected"):
+    manager.fidelity("bad")
+    calls = fail_at_call(5, place, monkeypatch)
+    with pytest.raises(FoldFailed, match="NaN" if place == "nan" else "injected"):
         manager.merge_adapter("bad")
-    assert calls[0] == 5
+    assert calls[0] >= 5
     assert_same_weights(model, before)
     assert manager.fold_state.folded is None
+    assert not manager.fold_state.dirty
     monkeypatch.undo()
     manager.merge_adapter("bad")
     manager.unmerge_adapter()
     assert_same_weights(model, before)
 
 
+def fail_at_call(number: int, place: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes the fold's arithmetic fail at its `number`th chunk, before, inside or after it; or give a NaN."""
+    real, calls = AddProduct.forward, [0]
+
+    def forward(change: AddProduct, base: Tensor, rows: slice, out: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == number and place == "before":
+            raise MemoryError("injected")
+        real(change, base, rows, out)
+        if calls[0] == number and place == "inside":
+            out[: out.shape[0] // 2] = 7.0
+            raise MemoryError("injected")
+        if calls[0] == number and place == "nan":
+            out[0, 0] = float("nan")
+
+    def after(values: Tensor) -> Tensor:
+        if calls[0] == number and place == "after":
+            raise MemoryError("injected")
+        return real_extent(values)
+
+    real_extent = undo_module.extent
+    monkeypatch.setattr(AddProduct, "forward", forward)
+    monkeypatch.setattr(undo_module, "extent", after)
+    return calls
+
+
+class Killed(BaseException):
+    """What a thread that is killed from outside sees."""
+
+
+@pytest.mark.parametrize("undo", UNDO_KINDS)
+def test_wherever_a_thread_is_killed_the_base_can_be_given_back(undo: UndoKind, adapter_on_llama: MakeAdapter) -> None:
+    """A trace function raises at every line of the undo in turn, in the fold and in the restore that follows it."""
+    folders = [adapter_on_llama(**KINDS["plain"]), adapter_on_llama(seed=2, **KINDS["saved-norm"])]
+    model = tiny_llama(dtype=torch.bfloat16)
+    before = weights_of(model)
+    manager = AdapterManager(model, undo=undo)
+    for name, folder in zip("ab", folders, strict=True):
+        manager.load(name, folder)
+        manager.fidelity(name)
+    line, ended = 0, False
+    while not ended:
+        manager.merge_adapter("a")
+        ended = not killed_at_line(line, lambda: manager.merge_adapter("b"))
+        if not ended and not manager.fold_state.dirty:
+            assert_same_weights(model, before)
+        manager.unmerge_adapter()
+        assert_same_weights(model, before)
+        line += 1
+    assert line > 50
+
+
+def killed_at_line(number: int, work: Callable[[], object]) -> bool:
+    """Runs `work` and raises Killed at the `number`th line of undo.py that it comes to; False if it never does."""
+    left = [number]
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != undo_module.__file__:
+            return None if event == "call" and "fold.py" not in frame.f_code.co_filename else trace
+        if event == "line":
+            left[0] -= 1
+            if left[0] == -1:
+                raise Killed
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except Killed:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
+
+
 def test_a_fold_that_overflows_fp16_is_refused(tmp_path: Path) -> None:
     adapter = save_adapter(tiny_llama(), tmp_path, lora_alpha=3_900_000, **KINDS["plain"])
     model = tiny_llama(dtype=torch.float16)
     before = weights_of(model)
-    manager = AdapterManager(model)
+    manager = AdapterManager(model, max_delta_error=float("inf"))
     manager.load("loud", adapter)
     with pytest.raises(FoldFailed, match="infinite"):
         manager.merge_adapter("loud")

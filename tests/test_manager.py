@@ -216,7 +216,7 @@ def test_unknown_names_are_refused() -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 128}, "shape"),
-        ({"num_hidden_layers": 1}, "have no place"),
+        ({"num_hidden_layers": 1}, "has no place"),
         ({"intermediate_size": 80}, "shape"),
     ],
 )

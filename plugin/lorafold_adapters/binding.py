@@ -1,60 +1,38 @@
 """Binds a checkpoint to a base: for each module of the base, what the adapter does to it.
 
-PEFT resolves names, patterns and scales on a skeleton of the model that holds no weights (`meta` device); the live
-model never becomes a PeftModel and is not touched. Binding is serialised: while PEFT builds its layers it patches
-`nn.Module.register_parameter` for the whole process (peft#3605).
+PEFT resolves names, patterns and scales on a skeleton (`skeleton.py`); this file collects the result and refuses
+whatever did not find its place. Reads the live model's shapes only. Binding is serialised.
 """
 
-import copy
 import math
 import re
 import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
-from peft.utils import set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lorafold_adapters.checkpoint import Checkpoint
-from lorafold_adapters.errors import AdapterCorrupt, AdapterError, AdapterUnsupported, BaseMismatch
+from lorafold_adapters.errors import AdapterCorrupt, AdapterUnsupported, BaseMismatch
+from lorafold_adapters.skeleton import ADAPTER, REMEDY, resolve
+from lorafold_adapters.updates import LowRank, NewRows, Replaced, ThroughPeft, Update
 
-ADAPTER = "default"
 MAX_SCALING = 1e6
 """Beyond any scale that is trained with, and far below where fp32 overflows."""
-SHAPES = re.compile(
-    r"size mismatch for (\S+): .*?torch\.Size\(\[([\d, ]*)\]\).*?torch\.Size\(\[([\d, ]*)\]\)", re.DOTALL
-)
+IsBase = Callable[[str, Tensor], bool]
+"""True if a tensor holds what the base has under this name."""
 _one_at_a_time = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LowRank:
-    """`W + scaling * B A` on one linear layer, its tensors on the CPU in the file's dtype."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
-    bias_O: Tensor | None = None
-    """lora_bias: scaled like B A and added to the layer's own bias."""
-    magnitude_O: Tensor | None = None
-    """DoRA: the row norms of the updated weight."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replaced:
-    """modules_to_save: new values for every parameter of one module."""
-
-    parameters: Mapping[str, Tensor]
-
-
-Update = LowRank | Replaced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,17 +43,30 @@ class BoundAdapter:
     updates: Mapping[str, Update]
     """By the name of the module in the base."""
     targeted: int
-    """How many modules the adapter's files have tensors for; equals `len(updates)`."""
+    """How many modules the adapter's files have tensors for."""
+    bound: int
+    """How many of those have a place in the base; all of them, or else binding fails."""
     fold_refusal: str | None
     """Why the adapter cannot be folded into this base; None if it can."""
+    route_refusal: str | None
+    """Why the adapter cannot run beside the weights; None if it can."""
 
     @property
     def digest(self) -> str:
         """The adapter's content digest."""
         return self.checkpoint.digest
 
+    @property
+    def kind(self) -> str:
+        """For people."""
+        return self.checkpoint.kind
 
-def bind(checkpoint: Checkpoint, model: PreTrainedModel) -> BoundAdapter:
+    def to(self, device: torch.device) -> "BoundAdapter":
+        """The same with its tensors on `device`."""
+        return replace(self, updates={name: update.to(device) for name, update in self.updates.items()})
+
+
+def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> BoundAdapter:
     """Finds the module of `model` for every tensor of `checkpoint`; reads only the model's shapes.
 
     Raises BaseMismatch if names or shapes do not fit the base, AdapterCorrupt if the adapter contradicts its own
@@ -84,143 +75,158 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel) -> BoundAdapter:
     with _one_at_a_time, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         skeleton = resolve(checkpoint, model)
-        updates = collect(skeleton)
+        updates = collect(skeleton, checkpoint)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    updates = with_biases(updates, checkpoint, parameters)
     modules = dict(model.named_modules())
     for name, update in updates.items():
         refuse_unserved_module(name, update, modules[name])
-    refuse_leftovers(checkpoint, updates, {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    refuse_leftovers(checkpoint, updates, parameters, is_base)
+    methods = sorted({update.method for update in updates.values() if isinstance(update, ThroughPeft)})
     return BoundAdapter(
         checkpoint=checkpoint,
         updates=updates,
-        targeted=len({module_of(name) for name in checkpoint.tensors}),
-        fold_refusal=fold_refusal(updates, model),
+        targeted=len(targeted_modules(checkpoint, checkpoint.tensors)),
+        bound=len(targeted_modules(checkpoint, placed_tensors(checkpoint, updates))),
+        fold_refusal=fold_refusal(updates, parameters),
+        route_refusal=f"{methods[0]} has no low-rank form that could run beside the weights" if methods else None,
     )
 
 
-def resolve(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.Module:
-    """The base as a PeftModel without base weights that holds the checkpoint's own tensors."""
-    try:
-        config = LoraConfig.from_peft_type(**{**checkpoint.options, "inference_mode": True})
-    except Exception as error:  # PEFT checks options here and there, and raises what it likes.
-        raise AdapterCorrupt(f"PEFT cannot use adapter_config.json: {first_sentence(error)}: correct it") from error
-    with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
-    try:
-        peft_model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    except Exception as error:
-        if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
-            raise BaseMismatch(f"the adapter does not fit this base: {first_sentence(error)}: {REMEDY}") from error
-        raise AdapterCorrupt(f"PEFT cannot apply adapter_config.json: {first_sentence(error)}: correct it") from error
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            # PEFT would move the tensors to the skeleton's device, where they would lose their values.
-            module.__dict__["_move_adapter_to_device_of_base_layer"] = lambda *_, **__: None
-    try:
-        set_peft_model_state_dict(peft_model, dict(checkpoint.tensors), low_cpu_mem_usage=True)
-    except RuntimeError as error:
-        raise shape_error(str(error)) from error
-    return cast(nn.Module, peft_model.get_base_model())
-
-
-REMEDY = "serve it on the base it was trained on"
-
-
-def first_sentence(error: Exception) -> str:
-    """The start of a library's message, without its advice."""
-    return str(error).split(". ")[0].rstrip(".")
-
-
-def shape_error(message: str) -> AdapterError:
-    """Tells a tensor that contradicts the adapter's own rank from one that was made for another base."""
-    found = SHAPES.search(message)
-    if found is None:
-        return BaseMismatch(f"the adapter does not fit this base ({message}): {REMEDY}")
-    name = found[1].removeprefix("base_model.model.").replace(f".{ADAPTER}", "")
-    has, needs = ([int(size) for size in shape.split(",") if size.strip()] for shape in (found[2], found[3]))
-    rank_axis = 0 if ".lora_A" in name else 1 if ".lora_B" in name else None
-    if rank_axis is not None and len(has) == len(needs) == 2 and has[rank_axis] != needs[rank_axis]:
-        return AdapterCorrupt(
-            f"tensor '{name}' has rank {has[rank_axis]} where adapter_config.json says {needs[rank_axis]}: "
-            "the folder mixes two training runs; copy the adapter again"
-        )
-    return BaseMismatch(f"tensor '{name}' has shape {has}, this base needs {needs}: {REMEDY}")
-
-
-def collect(skeleton: nn.Module) -> dict[str, Update]:
+def collect(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, Update]:
     """The update of each module that PEFT put an adapter on."""
     updates: dict[str, Update] = {}
     for name, module in skeleton.named_modules():
-        if isinstance(module, LoraLayer) and ADAPTER in module.scaling:
-            updates[name] = collect_low_rank(name, module)
-        elif isinstance(module, ModulesToSaveWrapper):
+        if name.rpartition(".")[2] == "base_layer" or ".token_adapter" in name or ".modules_to_save." in name:
+            continue  # Part of a layer that was collected with what is around it.
+        if isinstance(module, ModulesToSaveWrapper):
             saved = module.modules_to_save[ADAPTER].named_parameters()
-            updates[name] = Replaced(parameters={key: loaded(f"{name}.{key}", value) for key, value in saved})
+            updates[name] = Replaced(parameters={key: value.detach() for key, value in saved})
+        elif isinstance(module, TrainableTokensWrapper):
+            updates[name] = collect_rows(module.token_adapter)
+        elif isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            if ADAPTER in module.scaling:
+                updates[name] = collect_low_rank(name, module)
+        elif isinstance(module, BaseTunerLayer):
+            updates[name] = collect_through_peft(module, checkpoint)
     return updates
 
 
 def collect_low_rank(name: str, module: Any) -> LowRank:
-    """Raises AdapterUnsupported for layers without A and B factors of a linear map."""
-    if ADAPTER not in module.lora_A:
-        raise AdapterUnsupported(
-            f"the adapter changes '{name}', an embedding, with LoRA: only linear layers are served"
-        )
+    """Raises AdapterCorrupt for a scale that no training gives."""
     if not math.isfinite(module.scaling[ADAPTER]) or abs(module.scaling[ADAPTER]) > MAX_SCALING:
         raise AdapterCorrupt(f"the adapter scales '{name}' by {module.scaling[ADAPTER]}: correct lora_alpha and r")
-    bias_O = module.lora_B[ADAPTER].bias
     magnitude = module.lora_magnitude_vector[ADAPTER].weight if ADAPTER in module.lora_magnitude_vector else None
+    magnitude_O = None if magnitude is None else magnitude.detach()
+    if ADAPTER in module.lora_embedding_A:
+        return LowRank(
+            a_RI=module.lora_embedding_A[ADAPTER].detach(),
+            b_OR=module.lora_embedding_B[ADAPTER].detach(),
+            scaling=module.scaling[ADAPTER],
+            magnitude_O=magnitude_O,
+            stored_as_IO=True,
+        )
+    bias_O = module.lora_B[ADAPTER].bias
     return LowRank(
-        a_RI=loaded(f"{name}.lora_A", module.lora_A[ADAPTER].weight),
-        b_OR=loaded(f"{name}.lora_B", module.lora_B[ADAPTER].weight),
+        a_RI=module.lora_A[ADAPTER].weight.detach(),
+        b_OR=module.lora_B[ADAPTER].weight.detach(),
         scaling=module.scaling[ADAPTER],
-        bias_O=None if bias_O is None else loaded(f"{name}.lora_B.bias", bias_O),
-        magnitude_O=None if magnitude is None else loaded(f"{name}.lora_magnitude_vector", magnitude),
+        bias_O=None if bias_O is None else bias_O.detach(),
+        magnitude_O=magnitude_O,
+        stored_as_IO=isinstance(module.get_base_layer(), Conv1D),
     )
 
 
-def loaded(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, detached; raises AdapterCorrupt if the checkpoint had no values for it."""
-    if tensor.is_meta:
-        raise AdapterCorrupt(f"the adapter's configuration asks for '{name}', which its files lack: copy it again")
-    return tensor.detach()
+def collect_rows(module: Any) -> NewRows:
+    """The rows of trainable_token_indices; a tied head has the same ones as the embedding."""
+    values = module.trainable_tokens_delta[ADAPTER].detach()
+    return NewRows(index_K=torch.tensor(module.token_indices[ADAPTER], dtype=torch.int64), values_KM=values)
+
+
+def collect_through_peft(module: Any, checkpoint: Checkpoint) -> ThroughPeft:
+    """A layer of a method that PEFT folds; or of target_parameters, where layers lie in each other."""
+    base = module.get_base_layer()
+    names = tuple(name for name, parameter in base._parameters.items() if parameter is not None)
+    if isinstance(module, ParamWrapper):
+        inside = [wrapper for wrapper in module.modules() if isinstance(wrapper, ParamWrapper)]
+        names = tuple(wrapper.parameter_name for wrapper in inside)
+    method = "LoRA on target_parameters" if isinstance(module, ParamWrapper) else checkpoint.method
+    return ThroughPeft(layer=module, names=names, method=method, adapter=ADAPTER)
+
+
+def with_biases(
+    updates: Mapping[str, Update], checkpoint: Checkpoint, parameters: Mapping[str, Tensor]
+) -> dict[str, Update]:
+    """The updates, with the base's own biases that bias="all" or "lora_only" trained. Raises AdapterUnsupported."""
+    result = dict(updates)
+    if checkpoint.options.get("bias", "none") == "none":
+        return result
+    placed = {tensor.data_ptr() for update in updates.values() for tensor in update.tensors()}
+    for tensor_name, tensor in checkpoint.tensors.items():
+        name = base_name(tensor_name)
+        if not name.endswith(".bias") or name not in parameters or tensor.data_ptr() in placed:
+            continue
+        module = name.removesuffix(".bias")
+        update = result.get(module)
+        if update is None:
+            result[module] = Replaced(parameters={"bias": tensor})
+        elif isinstance(update, LowRank):
+            added = 0.0 if update.bias_O is None else update.bias_O.float() * update.scaling
+            result[module] = replace(update, new_bias_O=tensor + added, bias_O=None)
+        else:
+            raise AdapterUnsupported(f"the adapter trains '{name}' beside another change of it: set bias to 'none'")
+    return result
 
 
 def refuse_unserved_module(name: str, update: Update, module: nn.Module) -> None:
     """Raises AdapterUnsupported for modules other than the ones both paths can serve."""
-    if isinstance(update, LowRank) and not isinstance(module, nn.Linear):
+    if isinstance(update, LowRank) and not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         raise AdapterUnsupported(
-            f"the adapter changes '{name}', a {type(module).__name__}, with LoRA: only nn.Linear layers are served"
+            f"the adapter changes '{name}', a {type(module).__name__}, with LoRA: "
+            "only linear layers and embeddings are served"
         )
     if isinstance(update, Replaced) and any(True for _ in module.children()):
         raise AdapterUnsupported(f"the adapter replaces '{name}', which has modules of its own: save those one by one")
 
 
-def refuse_leftovers(checkpoint: Checkpoint, updates: Mapping[str, Update], parameters: set[str]) -> None:
+def refuse_leftovers(
+    checkpoint: Checkpoint, updates: Mapping[str, Update], parameters: Mapping[str, Tensor], is_base: IsBase
+) -> None:
     """Raises BaseMismatch if a tensor of the checkpoint found no place in the base, or none did.
 
-    Raises AdapterUnsupported if it is one of the base's own `parameters`: PEFT saves embeddings that it thinks
-    were resized.
+    PEFT also saves the base's own embeddings where LoRA targets them or where it thinks they were resized: a copy of
+    what this base has is left out, another one is BaseMismatch.
     """
-    placed = {tensor.data_ptr() for update in updates.values() for tensor in tensors_of(update)}
-    leftovers = [name for name, tensor in checkpoint.tensors.items() if tensor.data_ptr() not in placed]
-    own = [name for name in leftovers if base_name(name) in parameters]
-    if own:
-        raise AdapterUnsupported(
-            f"the adapter carries a copy of the base's own '{base_name(own[0])}': save it again with "
-            "save_embedding_layers=False, or with the embedding in modules_to_save if it was trained"
-        )
-    if leftovers or not updates:
+    biases = checkpoint.options.get("bias", "none") != "none"
+    placed = placed_tensors(checkpoint, updates)
+    leftovers = [name for name in checkpoint.tensors if name not in placed]
+    own = [name for name in leftovers if base_name(name) in parameters and not (biases and name.endswith(".bias"))]
+    for name in own:
+        if not is_base(base_name(name), checkpoint.tensors[name]):
+            raise BaseMismatch(
+                f"the adapter carries a copy of its base's '{base_name(name)}', which is not what this base has: "
+                f"{REMEDY}, or put the module into modules_to_save if it was trained"
+            )
+    lost = [name for name in leftovers if base_name(name) not in parameters]
+    if lost or not updates:
+        total, bound = (len(targeted_modules(checkpoint, names)) for names in (checkpoint.tensors, placed))
         raise BaseMismatch(
-            f"{len(leftovers)} of the adapter's {len(checkpoint.tensors)} tensors have no place in this base, "
-            f"'{(leftovers or ['all'])[0]}' for one: {REMEDY}"
+            f"only {bound} of the adapter's {total} modules are in this base, '{(lost or ['none'])[0]}' has no place: "
+            f"{REMEDY}"
         )
 
 
-def tensors_of(update: Update) -> list[Tensor]:
-    """Every tensor of one update."""
-    if isinstance(update, Replaced):
-        return list(update.parameters.values())
-    optional = [tensor for tensor in (update.bias_O, update.magnitude_O) if tensor is not None]
-    return [update.a_RI, update.b_OR, *optional]
+def placed_tensors(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> set[str]:
+    """Names of the checkpoint's tensors that an update holds."""
+    placed = {tensor.data_ptr() for update in updates.values() for tensor in update.tensors()}
+    return {name for name, tensor in checkpoint.tensors.items() if tensor.data_ptr() in placed}
+
+
+def targeted_modules(checkpoint: Checkpoint, tensor_names: Iterable[str]) -> set[str]:
+    """The modules of `base_model.model.<module>.lora_A.weight`, `base_model.model.<module>.weight` and the like."""
+    prefix = re.escape(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(checkpoint.method)])
+    tail = re.compile(rf"\.({prefix}\w+|token_adapter|base_layer|weight|bias)(\..*)?$")
+    return {tail.sub("", name.removeprefix("base_model.model.")) for name in tensor_names}
 
 
 def base_name(tensor_name: str) -> str:
@@ -228,22 +234,29 @@ def base_name(tensor_name: str) -> str:
     return tensor_name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def module_of(tensor_name: str) -> str:
-    """The module's name in `base_model.model.<module>.lora_A.weight` or `base_model.model.<module>.weight`."""
-    return re.sub(r"\.(lora_\w+(\.weight|\.bias)?|weight|bias)$", "", tensor_name.removeprefix("base_model.model."))
-
-
-def fold_refusal(updates: Mapping[str, Update], model: PreTrainedModel) -> str | None:
+def fold_refusal(updates: Mapping[str, Update], parameters: Mapping[str, Tensor]) -> str | None:
     """Why the updates cannot be written into the base's weights, or None."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    owners: dict[int, list[str]] = {}
+    owners: dict[tuple[int, torch.Size], list[str]] = {}
     for name, parameter in parameters.items():
-        owners.setdefault(parameter.data_ptr(), []).append(name)
-    for name, update in updates.items():
-        keys = update.parameters if isinstance(update, Replaced) else {"weight": None}
-        for key in (f"{name}.{key}" for key in keys):
-            if len(sharing := owners[parameters[key].data_ptr()]) > 1:
-                return f"'{key}' shares its memory with '{next(n for n in sharing if n != key)}' (tied weights)"
-        if isinstance(update, LowRank) and update.bias_O is not None and f"{name}.bias" not in parameters:
-            return f"the adapter adds a bias to '{name}', which has none (lora_bias)"
+        owners.setdefault((parameter.data_ptr(), parameter.shape), []).append(name)
+    changed = {f"{name}.{key}": update for name, update in updates.items() for key in changed_keys(update)}
+    for key, update in changed.items():
+        if key not in parameters:
+            return f"the adapter adds a bias to '{key.removesuffix('.bias')}', which has none (lora_bias)"
+        for other in owners[parameters[key].data_ptr(), parameters[key].shape]:
+            if other not in changed or not same(changed[other], update):
+                return f"'{key}' shares its memory with '{other}' (tied weights), which the adapter leaves as it is"
     return None
+
+
+def changed_keys(update: Update) -> tuple[str, ...]:
+    """The module's own names of the parameters that the update changes."""
+    if isinstance(update, ThroughPeft):
+        return update.names
+    return tuple(update.changes(lambda _: torch.empty(0)))
+
+
+def same(one: Update, other: Update) -> bool:
+    """True if both put the same tensors into the same kind of change."""
+    pointers = [[tensor.data_ptr() for tensor in update.tensors()] for update in (one, other)]
+    return type(one) is type(other) and pointers[0] == pointers[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
@@ -25,9 +25,24 @@ TENSORS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 TENSOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Initialisations that leave the base weights as they are; the others rewrite them (PEFT, LoraConfig docstring).
-BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+MERGED_BY_PEFT = ("LOHA", "LOKR", "OFT", "IA3", "HRA", "MISS", "FOURIERFT")
+"""Methods beside LoRA that PEFT can fold and that are tested here."""
 
+# Initialisations of LoRA that leave the base weights as they are; the others rewrite them (PEFT, LoraConfig docstring).
+BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+CONVERTED_INITS = ("pissa", "olora", "corda", "lora_ga")
+"""PEFT can convert these to plain LoRA when it saves them."""
+OLD_OPTIONS = {"merge_weights", "enable_lora", "peft_version"}
+"""Written by other versions of PEFT; they do not change what the adapter is."""
+
+VARIANTS = {
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "lora_bias": "bias",
+    "modules_to_save": "modules",
+    "trainable_token_indices": "tokens",
+    "target_parameters": "parameters",
+}
 SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 
 UNSERVED_OPTIONS = {
@@ -37,8 +52,6 @@ UNSERVED_OPTIONS = {
     "layer_replication": "layer_replication changes the number of layers of the base",
     "monteclora_config": "MonteCLoRA draws its weights at random",
     "megatron_config": "it was trained for Megatron's parallel layers",
-    "target_parameters": "target_parameters changes tensors that are not layers of their own",
-    "trainable_token_indices": "trainable_token_indices replaces single rows of the embedding",
     "use_bdlora": "BD-LoRA uses block-diagonal factors",
     "use_qalora": "QA-LoRA pools its input",
     "velora_config": "VeLoRA changes the forward pass",
@@ -59,11 +72,17 @@ class Checkpoint:
     """SHA-256 of options and tensors, hexadecimal: the adapter's identity."""
 
     @property
+    def method(self) -> str:
+        """PEFT's name of the method, e.g. `LORA`."""
+        return str(self.options["peft_type"])
+
+    @property
     def kind(self) -> str:
         """For people: `LORA`, with the variants it uses, e.g. `LORA+rslora+dora`."""
-        variants = {"use_rslora": "rslora", "use_dora": "dora", "lora_bias": "bias", "modules_to_save": "modules"}
+        variants = [name for key, name in VARIANTS.items() if self.options.get(key)]
         patterns = ["patterns"] if self.options.get("rank_pattern") or self.options.get("alpha_pattern") else []
-        return "+".join(["LORA", *(name for key, name in variants.items() if self.options.get(key)), *patterns])
+        biases = ["biases"] if self.options.get("bias", "none") != "none" else []
+        return "+".join([self.method, *variants, *patterns, *biases])
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -105,9 +124,12 @@ def is_folder(path: Path) -> bool:
 def refuse_unserved(options: Mapping[str, Any]) -> None:
     """Raises AdapterUnsupported for a kind or an option that would be served wrongly."""
     kind = options.get("peft_type")
-    if kind != "LORA":
-        raise AdapterUnsupported(f"peft_type is {kind!r}: only LORA adapters are served; retrain it as LoRA")
-    known = {field.name for field in dataclasses.fields(LoraConfig)} | {"peft_version"}
+    if kind != "LORA" and kind not in MERGED_BY_PEFT:
+        raise AdapterUnsupported(
+            f"peft_type is {kind!r}: LORA is served, and folded only {', '.join(MERGED_BY_PEFT)}; retrain it as one"
+        )
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    known = {field.name for field in dataclasses.fields(config)} | OLD_OPTIONS
     if unknown := sorted(key for key, value in options.items() if key not in known and value):
         raise AdapterUnsupported(
             f"{CONFIG_FILE} sets {', '.join(map(repr, unknown))}, which the installed PEFT does not know: "
@@ -119,12 +141,18 @@ def refuse_unserved(options: Mapping[str, Any]) -> None:
     for option in SWITCHES:
         if not isinstance(options.get(option, False), bool | None):
             raise AdapterCorrupt(f"{CONFIG_FILE}: {option} is {options[option]!r}, which is neither true nor false")
-    init = options.get("init_lora_weights", True)
-    if init not in BASE_KEEPING_INITS:
-        raise AdapterUnsupported(
-            f"init_lora_weights is {init!r}, which trains against a rewritten base: convert the adapter with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+    refuse_rewritten_base(options.get("init_lora_weights", True))
+
+
+def refuse_rewritten_base(init: object) -> None:
+    """Raises AdapterUnsupported for an initialisation that changes the base before training."""
+    if init in BASE_KEEPING_INITS:
+        return
+    if str(init).startswith(CONVERTED_INITS):
+        remedy = "convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+    else:
+        remedy = "serve it on the base that was written after the initialisation, with init_lora_weights set to true"
+    raise AdapterUnsupported(f"init_lora_weights is {init!r}, which trains against a rewritten base: {remedy}")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,39 +1,80 @@
-"""Writes adapters into the weights of a base and gives the base back bit for bit.
+"""Writes adapters into the weights of a base, in place, and gives the base back bit for bit.
 
-Every tensor is copied to host memory before it is first changed; a new fold starts from those copies, so going from
-one adapter to the next never passes through rounded sums, and undoing one is a plain copy. Writes happen in place.
+A fold starts from the base's values whatever was folded before, so going from one adapter to the next is one pass and
+never goes through rounded sums. After every unfold the checksum of each restored parameter is compared with the base's.
+Knows nothing of where adapters come from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
-from lorafold_adapters.binding import BoundAdapter, LowRank, Replaced
-from lorafold_adapters.delta import folded_weight, low_rank_delta
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.delta import Change
 from lorafold_adapters.errors import BaseCorrupt, FoldFailed
+from lorafold_adapters.undo import Undo
+
+
+class State(Enum):
+    """What is known of the weights."""
+
+    BASE = "base"
+    FOLDED = "folded"
+    DIRTY = "dirty"
+    """A change was interrupted, or the base could not be given back."""
 
 
 class Weights:
-    """The parameters of one base, and copies of those that were ever changed.
+    """The parameters of one base. The only place that writes weights. Not thread-safe: one thread owns the model."""
 
-    The only place that writes weights. Not thread-safe: one thread owns the model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._live = dict(model.named_parameters(remove_duplicate=False))
-        self._pristine: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        make_undo: Callable[[Mapping[str, Tensor]], Undo],
+        checksum: Callable[[Tensor], str],
+    ) -> None:
+        """`checksum` gives that of a tensor, on whatever device it is."""
+        self._live, self._first = shared_once(model)
+        self._undo = make_undo(self._live)
+        self._checksum = checksum
+        self._checksums: dict[str, str] = {}
         self._changed: set[str] = set()
+        self._state = State.BASE
+
+    @property
+    def state(self) -> State:
+        """What is in the weights; right at any moment, after an exception or the death of a thread too."""
+        return self._state
+
+    @property
+    def undo_bytes(self) -> int:
+        """Memory that the undo takes now."""
+        return self._undo.nbytes
 
     def pristine(self, name: str) -> Tensor:
         """The parameter `name` as it is in the base, on its own device; do not write to it."""
-        live = self._live[name]
-        return self._pristine[name].to(live.device) if name in self._changed else live
+        return self._undo.pristine(self._first[name])
 
-    @property
-    def changed(self) -> bool:
-        """True while any parameter may differ from the base."""
-        return bool(self._changed)
+    def live(self, name: str) -> Tensor:
+        """The parameter itself."""
+        return self._live[self._first[name]]
+
+    def first_name(self, name: str) -> str:
+        """The first of the names that a parameter has."""
+        return self._first[name]
+
+    def planned(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change, Tensor]]:
+        """Each parameter that a fold would change, how, and its values in the base."""
+        for name, change in self._changes(adapter):
+            yield name, change, self._undo.pristine(name)
+
+    def keep_checksums(self, known: Mapping[str, str]) -> None:
+        """The checksums that every restore is compared with; those not `known` are taken now, from the base."""
+        self._checksums = {
+            name: known[name] if name in known else self._checksum(live) for name, live in self._live.items()
+        }
 
     @torch.no_grad()
     def fold(self, adapter: BoundAdapter) -> int:
@@ -42,59 +83,88 @@ class Weights:
         Raises FoldFailed (the base was given back) or BaseCorrupt (it could not be).
         """
         before = set(self._changed)
+        self._state = State.DIRTY
         try:
-            written = sum(self._write(name, new) for name, new in self._folded(adapter, before))
-            self._give_back(before)
-        except Exception as error:
+            extents = {name: self._write(name, change) for name, change in self._changes(adapter)}
+            refuse_unbounded({name: (self._live[name].dtype, values) for name, values in extents.items()})
+        except BaseException as error:
             self.restore()
+            if not isinstance(error, Exception):
+                raise
             raise FoldFailed(f"folding adapter {adapter.digest[:12]} failed, the base was restored: {error}") from error
-        return written
+        self._give_back(before - extents.keys())
+        self._state = State.FOLDED
+        return sum(self._live[name].nbytes for name in extents)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Gives the base back bit for bit. Raises BaseCorrupt if that fails."""
-        try:
-            self._give_back(set(self._changed))
-        except Exception as error:
-            raise BaseCorrupt(f"the base weights could not be given back: {error}") from error
+        """Gives the base back bit for bit. Raises BaseCorrupt if that fails; the state then stays dirty."""
+        self._state = State.DIRTY
+        self._give_back(set(self._changed))
+        self._state = State.BASE
 
-    def _folded(self, adapter: BoundAdapter, untouched: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each changed parameter's name and new value; takes the names off `untouched` as it goes."""
+    @torch.no_grad()
+    def reload(self, fresh: Mapping[str, Tensor]) -> None:
+        """Makes every parameter what `fresh` holds under its name, and that the base. Raises BaseCorrupt."""
+        self._state = State.DIRTY
+        for name, live in self._live.items():
+            live.copy_(fresh[name])
+        self._undo.rebase()
+        self._changed.clear()
+        self._compare(self._live)
+        self._state = State.BASE
+
+    def _changes(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change]]:
+        """The change of each parameter, once where modules share it."""
+        done: set[str] = set()
         for module, update in adapter.updates.items():
-            for key, new in self._updated(module, update):
-                untouched.discard(f"{module}.{key}")
-                yield f"{module}.{key}", new
+            for key, change in update.changes(lambda key, module=module: self.pristine(f"{module}.{key}")).items():  # type: ignore[misc]
+                name = self._first[f"{module}.{key}"]
+                if name not in done:
+                    done.add(name)
+                    yield name, change
 
-    def _updated(self, module: str, update: LowRank | Replaced) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(update, Replaced):
-            yield from update.parameters.items()
-            return
-        weight_OI = self.pristine(f"{module}.weight")
-        a_RI, b_OR = update.a_RI.to(weight_OI.device), update.b_OR.to(weight_OI.device)
-        magnitude_O = None if update.magnitude_O is None else update.magnitude_O.to(weight_OI.device)
-        yield "weight", folded_weight(weight_OI, low_rank_delta(a_RI, b_OR, update.scaling), magnitude_O)
-        if update.bias_O is not None:
-            bias_O = self.pristine(f"{module}.bias")
-            yield "bias", bias_O.float() + update.bias_O.to(bias_O.device).float() * update.scaling
-
-    def _write(self, name: str, new: Tensor) -> int:
-        live = self._live[name]
-        rounded = new.to(live)
-        if not bool(torch.isfinite(rounded).all()):
-            raise ValueError(f"'{name}' would have NaN or infinite values in {live.dtype}")
-        if name not in self._pristine:
-            self._pristine[name] = host_copy(live)
+    def _write(self, name: str, change: Change) -> list[Tensor]:
         self._changed.add(name)
-        live.copy_(rounded)
-        return live.nbytes
+        return self._undo.write(name, change)
 
     def _give_back(self, names: set[str]) -> None:
-        for name in names:
-            self._live[name].copy_(self._pristine[name])
-            self._changed.discard(name)
+        try:
+            for name in names:
+                self._undo.restore(name)
+        except Exception as error:
+            raise BaseCorrupt(f"the base weights could not be given back: {error}") from error
+        self._compare(names)
+        self._changed -= names
+
+    def _compare(self, names: set[str] | Mapping[str, Tensor]) -> None:
+        wrong = sorted(name for name in names if self._checksum(self._live[name]) != self._checksums[name])
+        if wrong:
+            raise BaseCorrupt(
+                f"{len(wrong)} tensors are not what was loaded, '{wrong[0]}' for one: the base must be loaded again"
+            )
 
 
-def host_copy(live: Tensor) -> Tensor:
-    """A copy of a parameter in host memory, page-locked where the parameter is on a GPU."""
-    copy = torch.empty(live.shape, dtype=live.dtype, device="cpu", pin_memory=live.is_cuda)
-    return copy.copy_(live.detach())
+def shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The parameters, each once, under the first name it has; and the first name of every name."""
+    live: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    names: dict[tuple[int, torch.Size], str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = (parameter.data_ptr(), parameter.shape)
+        first[name] = names.setdefault(key, name) if parameter.numel() else name
+        live.setdefault(first[name], parameter)
+    return live, first
+
+
+def refuse_unbounded(extents: Mapping[str, tuple[torch.dtype, list[Tensor]]]) -> None:
+    """Raises ValueError if a value is NaN or lies beyond what its dtype can hold."""
+    names = [name for name, (_, values) in extents.items() for _ in values]
+    if not names:
+        return
+    limit = torch.tensor([torch.finfo(dtype).max for dtype, values in extents.values() for _ in values])
+    found = torch.stack([value for _, values in extents.values() for value in values]).cpu().float()
+    fits = (found.abs() <= limit.unsqueeze(1)).all(dim=1)
+    if not bool(fits.all()):
+        name = names[int((~fits).nonzero()[0])]
+        raise ValueError(f"'{name}' would have NaN or infinite values in {extents[name][0]}")

@@ -17,10 +17,27 @@ from transformers import PreTrainedModel
 
 from lorafold_adapters.binding import BoundAdapter, bind
 from lorafold_adapters.checkpoint import Checkpoint, read_checkpoint
-from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported, DeviceFull, RoutingMismatch
-from lorafold_adapters.fold import Weights
-from lorafold_adapters.identity import Fingerprint, fingerprint
-from lorafold_adapters.two_path import SITE, AdapterPath, Routing, RoutingCell, Spans, install, path_of, uninstall
+from lorafold_adapters.checksum import checksum
+from lorafold_adapters.errors import (
+    AdapterInUse,
+    AdapterNotLoaded,
+    AdapterUnsupported,
+    BaseCorrupt,
+    DeltaLost,
+    DeviceFull,
+    FoldFailed,
+    RoutingMismatch,
+)
+from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
+from lorafold_adapters.fold import State, Weights
+from lorafold_adapters.identity import Fingerprint, tensor_digest
+from lorafold_adapters.identity import fingerprint as fingerprint_of
+from lorafold_adapters.paths import AdapterPath, path_of
+from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
+from lorafold_adapters.undo import UndoKind, make_undo
+
+MAX_DELTA_ERROR = 0.5
+"""Folding is refused if more than this of the delta is lost; `bench/README.md` says why half."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +48,10 @@ class FoldState:
     """Name of the folded adapter; None: the weights are the base's."""
     generation: int
     """Grows whenever weights change."""
+    dirty: bool
+    """True if a change was interrupted or the base could not be given back: nothing may run on the weights."""
+    undo_bytes: int
+    """Memory that is held to give the base back."""
 
 
 class AdapterManager:
@@ -44,16 +65,36 @@ class AdapterManager:
     ...     model(input_ids)
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        undo: UndoKind = "auto",
+        source: str | Path | None = None,
+        fingerprint: Fingerprint | None = None,
+        max_delta_error: float = MAX_DELTA_ERROR,
+    ) -> None:
+        """Takes the model as it is now for the base.
+
+        `undo`: how the base is kept; see `undo.make_undo`. `source`: the folder of the base's safetensors files, which
+        is the one that the model was loaded from unless given. `fingerprint`: of the base, if it is known already.
+        """
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._head = model.get_output_embeddings()
-        self._weights = Weights(model)
+        folder = Path(source or model.name_or_path or "/dev/null")
+        self._weights = Weights(
+            model, lambda live: make_undo(undo, live, folder if folder.is_dir() else None), checksum
+        )
         self._cell = RoutingCell()
         self._adapters: dict[str, BoundAdapter] = {}
         self._folded: str | None = None
         self._generation = 0
-        self._fingerprint = fingerprint(model)
+        self._fidelity: dict[str, Fidelity] = {}
+        self._max_delta_error = max_delta_error
+        self._fingerprint = fingerprint or fingerprint_of(model)
+        on_cpu = model.device.type == "cpu"
+        self._weights.keep_checksums(self._fingerprint.tensors if on_cpu else {})
 
     @property
     def base(self) -> Fingerprint:
@@ -63,7 +104,12 @@ class AdapterManager:
     @property
     def fold_state(self) -> FoldState:
         """Which adapter is in the weights now."""
-        return FoldState(folded=self._folded, generation=self._generation)
+        return FoldState(
+            folded=self._folded,
+            generation=self._generation,
+            dirty=self._weights.state is State.DIRTY,
+            undo_bytes=self._weights.undo_bytes,
+        )
 
     @property
     def adapters(self) -> dict[str, BoundAdapter]:
@@ -76,7 +122,7 @@ class AdapterManager:
         Raises a subclass of AdapterError that says what is wrong and what to do.
         """
         checkpoint = adapter if isinstance(adapter, Checkpoint) else read_checkpoint(adapter)
-        return bind(checkpoint, self._model)
+        return bind(checkpoint, self._model, self._is_base)
 
     @torch.no_grad()
     def load(self, name: str, adapter: str | Path | Checkpoint | BoundAdapter) -> BoundAdapter:
@@ -86,7 +132,9 @@ class AdapterManager:
         """
         bound = adapter if isinstance(adapter, BoundAdapter) else self.bind(adapter)
         try:
-            paths = {module: self._path(bound, module) for module in bound.updates}
+            bound = bound.to(self._model.device)
+            routable = bound.updates if bound.route_refusal is None else ()
+            paths = {module: self._path(bound, module) for module in routable}
         except torch.OutOfMemoryError as error:
             raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         if name in self._adapters:
@@ -103,7 +151,7 @@ class AdapterManager:
         if name == self._folded or self._cell.current is not None:
             raise AdapterInUse(f"adapter '{name}' is in use: call unmerge_adapter() and leave routed() first")
         del self._adapters[name]
-        for module_name in bound.updates:
+        for module_name in bound.updates if bound.route_refusal is None else ():
             module = self._modules[module_name]
             paths = module.__dict__[SITE].paths
             del paths[name]
@@ -113,24 +161,27 @@ class AdapterManager:
     def merge_adapter(self, name: str) -> int:
         """Folds adapter `name` into the weights, in place of the one that is folded now; returns the bytes written.
 
-        Raises AdapterNotLoaded, AdapterUnsupported if this adapter cannot be folded, FoldFailed (the base was given
-        back bit for bit) or BaseCorrupt (it could not be).
+        Raises AdapterNotLoaded, AdapterUnsupported if this adapter cannot be folded, DeltaLost if too little of it
+        would survive, FoldFailed (the base was given back bit for bit) or BaseCorrupt (it could not be).
         """
         bound = self._known(name)
         self._refuse_while_routed()
-        if bound.fold_refusal is not None:
-            raise AdapterUnsupported(f"adapter '{name}' cannot be folded: {bound.fold_refusal}; serve it unmerged")
+        self._refuse_dirty()
         if name == self._folded:
             return 0
+        self.refuse_fold(bound)
         self._folded, self._generation = None, self._generation + 1
         written = self._weights.fold(bound)
         self._folded = name
         return written
 
     def unmerge_adapter(self) -> bool:
-        """Gives the base back bit for bit; False if nothing was folded. Raises BaseCorrupt if it cannot."""
+        """Gives the base back bit for bit; False if nothing was folded. Raises BaseCorrupt if it cannot.
+
+        May be called again after BaseCorrupt; `reload` is the other way out.
+        """
         self._refuse_while_routed()
-        if not self._weights.changed:
+        if self._weights.state is State.BASE:
             return False
         self._generation += 1
         self._weights.restore()
@@ -142,7 +193,8 @@ class AdapterManager:
 
         Only while nothing is folded: raises AdapterInUse otherwise.
         """
-        if self._weights.changed:
+        self._refuse_dirty()
+        if self._folded is not None:
             raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() first")
         return self._fingerprint.mismatches(self._model)
 
@@ -157,10 +209,12 @@ class AdapterManager:
         if not body:
             raise RoutingMismatch("no rows were routed: name an adapter, or None, for each")
         self._refuse_while_routed()
-        if self._weights.changed:
+        self._refuse_dirty()
+        if self._folded is not None:
             raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() before routing rows")
         for name in {*body, *(head or ())} - {None}:
-            self._known(str(name))
+            if (refusal := self._known(str(name)).route_refusal) is not None:
+                raise AdapterUnsupported(f"adapter '{name}' cannot be routed: {refusal}; fold it")
         spans = Spans.of(body)
         self._cell.current = Routing(body=spans, head=spans if head is None else Spans.of(head))
         hook = self._model.register_forward_pre_hook(partial(refuse_other_sizes, len(body)), with_kwargs=True)
@@ -169,6 +223,51 @@ class AdapterManager:
         finally:
             hook.remove()
             self._cell.current = None
+
+    def reload(self, fresh: nn.Module) -> None:
+        """Makes the weights what `fresh`, the same base newly loaded, holds. Raises BaseCorrupt if that differs too.
+
+        The way out of a dirty state and of a base that `verify_base` finds changed.
+        """
+        self._refuse_while_routed()
+        self._folded, self._generation = None, self._generation + 1
+        self._weights.reload(dict(fresh.named_parameters(remove_duplicate=False)))
+
+    def fidelity(self, name: str) -> Fidelity:
+        """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""
+        bound = self._known(name)
+        for _ in self.measure(bound):
+            pass
+        return self._fidelity[bound.digest]
+
+    def measure(self, bound: BoundAdapter) -> Iterator[ParameterFidelity]:
+        """The same, parameter by parameter, for whoever has other work to do between two of them."""
+        if bound.digest not in self._fidelity:
+            measured = []
+            for name, change, base in self._weights.planned(bound):
+                measured.append(measure(name, change, base))
+                yield measured[-1]
+            self._fidelity[bound.digest] = Fidelity(parameters=tuple(measured))
+
+    def refuse_fold(self, bound: BoundAdapter) -> None:
+        """Raises AdapterUnsupported if the adapter cannot be folded into this base, DeltaLost if it should not be.
+
+        Measures its fidelity first if nobody has; raises FoldFailed if that fails.
+        """
+        if bound.fold_refusal is not None:
+            raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; serve it unmerged")
+        try:
+            for _ in self.measure(bound):
+                pass
+        except Exception as error:
+            raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
+        error = self._fidelity[bound.digest].delta_error
+        if not error <= self._max_delta_error:
+            raise DeltaLost(
+                f"folding would change the adapter's delta by {error:.2f} of its size, more than max_delta_error "
+                f"({self._max_delta_error:g}) allows, as {self._model.dtype} weights are too coarse for it: "
+                "serve it unmerged, or the base in a finer dtype"
+            )
 
     def detach(self) -> None:
         """Gives the base back and leaves the model as if it had never been attached. Raises BaseCorrupt."""
@@ -187,6 +286,18 @@ class AdapterManager:
         if name not in self._adapters:
             raise AdapterNotLoaded(f"no adapter '{name}' is loaded: load() it first")
         return self._adapters[name]
+
+    def _is_base(self, name: str, tensor: Tensor) -> bool:
+        like, first = self._weights.live(name), self._weights.first_name(name)
+        if tensor.shape != like.shape:
+            return False
+        return tensor_digest(tensor.to(like.dtype)) == self._fingerprint.tensors.get(first)
+
+    def _refuse_dirty(self) -> None:
+        if self._weights.state is State.DIRTY:
+            raise BaseCorrupt(
+                "the weights are neither the base's nor an adapter's: unmerge_adapter() or reload() first"
+            )
 
     def _refuse_while_routed(self) -> None:
         if self._cell.current is not None:

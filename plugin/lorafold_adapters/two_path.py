@@ -2,21 +2,17 @@
 
 `install` swaps a module's class in place for a subclass of it, so its parameters stay where they are; with nothing
 routed it computes exactly what it did before. Which rows have which adapter is said per forward pass by a `Routing`.
-
-Shapes in the names: T tokens of one span, R rank, I in-features, O out-features.
 """
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafold_adapters.binding import LowRank, Replaced, Update
-from lorafold_adapters.delta import dora_gain, low_rank_delta
 from lorafold_adapters.errors import RoutingMismatch
+from lorafold_adapters.paths import AdapterPath
 
 SITE = "_lorafold_site"
 
@@ -64,47 +60,6 @@ class RoutingCell:
     """Shared by all installed layers of one model; None while nothing is routed."""
 
     current: Routing | None = None
-
-
-class AdapterPath(Protocol):
-    """What one adapter does at one module."""
-
-    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
-        """The adapted outputs of one span, given its inputs and what the base makes of them."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LowRankPath:
-    """`g * (W x + s B(A x)) + b`, with g = 1 unless the adapter is DoRA."""
-
-    a_RI: Tensor
-    scaled_b_OR: Tensor
-    scaled_bias_O: Tensor | None
-    gain_O: Tensor | None
-    base_bias_O: Tensor | None
-
-    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
-        """The adapted outputs [T, O] of inputs [T, I] whose outputs under the base are given."""
-        adapted_TO = torch.addmm(outputs_TO, inputs @ self.a_RI.T, self.scaled_b_OR.T)
-        if self.scaled_bias_O is not None:
-            adapted_TO = adapted_TO + self.scaled_bias_O
-        if self.gain_O is None:
-            return adapted_TO
-        if self.base_bias_O is None:
-            return adapted_TO * self.gain_O
-        return (adapted_TO - self.base_bias_O) * self.gain_O + self.base_bias_O
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplacedPath:
-    """The module of modules_to_save itself, in place of the base's."""
-
-    module: nn.Module
-
-    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
-        """The replaced module's outputs; the base's are dropped."""
-        return cast(Tensor, self.module(inputs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,42 +120,3 @@ def uninstall(module: nn.Module) -> None:
     """Makes `module` exactly what it was."""
     module.__class__ = cast(Any, type(module)).lorafold_base
     del module.__dict__[SITE]
-
-
-def path_of(update: Update, module: nn.Module, pristine: Callable[[str], Tensor]) -> AdapterPath:
-    """The two-path form of an update, on the module's device and in its dtype.
-
-    `pristine` gives the module's parameters as they are in the base, whatever is folded now.
-    """
-    if isinstance(update, Replaced):
-        return ReplacedPath(module=replica(module, update))
-    return low_rank_path(update, cast(nn.Linear, module), pristine)
-
-
-def low_rank_path(update: LowRank, module: nn.Linear, pristine: Callable[[str], Tensor]) -> LowRankPath:
-    """Scales B once, in fp32, so that a forward pass does not have to."""
-    weight_OI: Tensor = module.weight if update.magnitude_O is None else pristine("weight")
-    a_RI, b_OR = update.a_RI.to(weight_OI.device), update.b_OR.to(weight_OI.device)
-    gain_O = None
-    if update.magnitude_O is not None:
-        delta_OI = low_rank_delta(a_RI, b_OR, update.scaling)
-        gain_O = dora_gain(weight_OI, delta_OI, update.magnitude_O.to(weight_OI.device)).to(weight_OI)
-    return LowRankPath(
-        a_RI=a_RI.to(weight_OI),
-        scaled_b_OR=(b_OR.float() * update.scaling).to(weight_OI),
-        scaled_bias_O=None if update.bias_O is None else (update.bias_O.float() * update.scaling).to(weight_OI),
-        gain_O=gain_O,
-        base_bias_O=pristine("bias") if gain_O is not None and module.bias is not None else None,
-    )
-
-
-def replica(module: nn.Module, update: Replaced) -> nn.Module:
-    """A copy of `module` that has the adapter's parameters and shares everything else."""
-    own = copy.copy(module)
-    own.__dict__.pop(SITE, None)
-    own.__class__ = getattr(type(module), "lorafold_base", type(module))
-    own._parameters = {
-        name: None if parameter is None else nn.Parameter(update.parameters[name].to(parameter), requires_grad=False)
-        for name, parameter in module._parameters.items()
-    }
-    return own

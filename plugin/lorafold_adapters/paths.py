@@ -1,0 +1,168 @@
+"""The two-path form of each kind of update: what one adapter adds to the outputs of one module.
+
+Shapes in the names: T tokens of one span, R rank, I in-features, O out-features, V vocabulary, K new rows.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorafold_adapters.updates import LowRank, NewRows, Pristine, Replaced, Update
+
+
+class AdapterPath(Protocol):
+    """What one adapter does at one module."""
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted outputs of one span, given its inputs and what the base makes of them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankPath:
+    """`g * (W x + s B(A x)) + b`, with g = 1 unless the adapter is DoRA."""
+
+    a_RI: Tensor
+    scaled_b_OR: Tensor
+    added_bias_O: Tensor | None
+    gain_O: Tensor | None
+    base_bias_O: Tensor | None
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted outputs [T, O] of inputs [T, I] whose outputs under the base are given."""
+        adapted_TO = torch.addmm(outputs_TO, inputs @ self.a_RI.T, self.scaled_b_OR.T)
+        return finished(adapted_TO, self.added_bias_O, self.gain_O, self.base_bias_O)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingPath:
+    """`g * (E[x] + s A[x] B)`, scaled as the module scales its own output."""
+
+    a_VR: Tensor
+    scaled_b_OR: Tensor
+    gain_O: Tensor | None
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted embeddings [T, O] of token ids [T]."""
+        adapted_TO = torch.addmm(outputs_TO, self.a_VR[inputs], self.scaled_b_OR.T)
+        return finished(adapted_TO, None, self.gain_O, None)
+
+
+def finished(adapted_TO: Tensor, added_O: Tensor | None, gain_O: Tensor | None, base_bias_O: Tensor | None) -> Tensor:
+    """Gain and bias: the gain leaves the base's bias alone, and what is added is not gained."""
+    if gain_O is not None and base_bias_O is not None:
+        adapted_TO = (adapted_TO - base_bias_O) * gain_O + base_bias_O
+    elif gain_O is not None:
+        adapted_TO = adapted_TO * gain_O
+    return adapted_TO if added_O is None else adapted_TO + added_O
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplacedPath:
+    """The module of modules_to_save itself, in place of the base's."""
+
+    module: nn.Module
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The replaced module's outputs; the base's are dropped."""
+        return cast(Tensor, self.module(inputs))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewTokensPath:
+    """Embeddings of the trained tokens."""
+
+    row_V: Tensor
+    """For each token its row in `values_KO`, or -1."""
+    values_KO: Tensor
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted embeddings [T, O] of token ids [T]."""
+        row_T = self.row_V[inputs]
+        return torch.where(row_T.unsqueeze(1) >= 0, self.values_KO[row_T.clamp(min=0)], outputs_TO)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewLogitsPath:
+    """Logits of the trained tokens, where the head is tied to the embedding."""
+
+    index_K: Tensor
+    values_KI: Tensor
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted logits [T, V] of inputs [T, I]."""
+        return outputs_TO.index_copy(1, self.index_K, inputs @ self.values_KI.T)
+
+
+def path_of(update: Update, module: nn.Module, pristine: Pristine) -> AdapterPath:
+    """The two-path form of an update, on the module's device and in its dtype.
+
+    `pristine` gives the module's parameters as they are in the base, whatever is folded now.
+    """
+    if isinstance(update, LowRank):
+        return low_rank_path(update, module, pristine)
+    if isinstance(update, NewRows):
+        return new_rows_path(update, module)
+    assert isinstance(update, Replaced)
+    return ReplacedPath(module=replica(module, update))
+
+
+def low_rank_path(update: LowRank, module: nn.Module, pristine: Pristine) -> AdapterPath:
+    """Scales B once, in fp32, so that a forward pass does not have to."""
+    weight = like_weight(module)
+    product = update.product
+    gain_O = None if update.magnitude_O is None else product.gain(pristine("weight")).to(weight)
+    scaled_b_OR = update.b_OR.float() * update.scaling
+    if isinstance(module, nn.Embedding):
+        b_OR = (scaled_b_OR * embed_scale(module)).to(weight)
+        return EmbeddingPath(a_VR=update.a_RI.T.contiguous().to(weight), scaled_b_OR=b_OR, gain_O=gain_O)
+    has_bias = module.bias is not None
+    base_bias_O = pristine("bias").clone() if has_bias and gain_O is not None else None
+    added_O = None if update.bias_O is None else update.bias_O.float() * update.scaling
+    if update.new_bias_O is not None:
+        added_O = update.new_bias_O.float() - pristine("bias").float()
+    return LowRankPath(
+        a_RI=update.a_RI.to(weight),
+        scaled_b_OR=scaled_b_OR.to(weight),
+        added_bias_O=None if added_O is None else added_O.to(weight),
+        gain_O=gain_O,
+        base_bias_O=base_bias_O,
+    )
+
+
+def new_rows_path(update: NewRows, module: nn.Module) -> AdapterPath:
+    """An embedding looks new rows up; a head multiplies by them."""
+    weight = like_weight(module)
+    if not isinstance(module, nn.Embedding):
+        return NewLogitsPath(index_K=update.index_K.to(weight.device), values_KI=update.values_KM.to(weight))
+    row_V = torch.full((weight.shape[0],), -1, dtype=torch.int64, device=weight.device)
+    row_V[update.index_K.to(weight.device)] = torch.arange(len(update.index_K), device=weight.device)
+    values_KO = (update.values_KM.float() * embed_scale(module)).to(weight)
+    return NewTokensPath(row_V=row_V, values_KO=values_KO)
+
+
+def like_weight(module: nn.Module) -> Tensor:
+    """The module's weight, for its shape, dtype and device."""
+    return cast(Tensor, module.weight)
+
+
+def embed_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by (Gemma)."""
+    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0))
+    return float(scale.to(like_weight(module).dtype))
+
+
+def replica(module: nn.Module, update: Replaced) -> nn.Module:
+    """A copy of `module` that has the adapter's parameters and shares everything else."""
+    own = copy.copy(module)
+    for attribute in [name for name in own.__dict__ if name.startswith("_lorafold")]:
+        del own.__dict__[attribute]
+    own.__class__ = getattr(type(module), "lorafold_base", type(module))
+    own._parameters = dict(module._parameters)
+    for name, values in update.parameters.items():
+        like = cast(Tensor, module._parameters[name])
+        own._parameters[name] = nn.Parameter(values.to(like), requires_grad=False)
+    return own
