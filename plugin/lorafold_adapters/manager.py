@@ -261,10 +261,10 @@ class AdapterManager:
                 pass
         except Exception as error:
             raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
-        error = self._fidelity[bound.digest].delta_error
-        if not error <= self._max_delta_error:
+        lost = self._fidelity[bound.digest].delta_error
+        if not lost <= self._max_delta_error:
             raise DeltaLost(
-                f"folding would change the adapter's delta by {error:.2f} of its size, more than max_delta_error "
+                f"folding would change the adapter's delta by {lost:.2f} of its size, more than max_delta_error "
                 f"({self._max_delta_error:g}) allows, as {self._model.dtype} weights are too coarse for it: "
                 "serve it unmerged, or the base in a finer dtype"
             )
