@@ -19,7 +19,8 @@ from lorafold_adapters.binding import BoundAdapter, bind
 from lorafold_adapters.checkpoint import Checkpoint, read_checkpoint
 from lorafold_adapters.errors import AdapterInUse, AdapterNotLoaded, AdapterUnsupported, DeviceFull, RoutingMismatch
 from lorafold_adapters.fold import Weights
-from lorafold_adapters.identity import Fingerprint, fingerprint
+from lorafold_adapters.identity import Fingerprint, cast_digest
+from lorafold_adapters.identity import fingerprint as fingerprint_of
 from lorafold_adapters.two_path import SITE, AdapterPath, Routing, RoutingCell, Spans, install, path_of, uninstall
 
 
@@ -44,7 +45,7 @@ class AdapterManager:
     ...     model(input_ids)
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, fingerprint: Fingerprint | None = None) -> None:
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._head = model.get_output_embeddings()
@@ -53,12 +54,16 @@ class AdapterManager:
         self._adapters: dict[str, BoundAdapter] = {}
         self._folded: str | None = None
         self._generation = 0
-        self._fingerprint = fingerprint(model)
+        self._fingerprint = fingerprint or fingerprint_of(model)
 
     @property
     def base(self) -> Fingerprint:
         """Content of the base as it was when the manager was made."""
         return self._fingerprint
+
+    def base_as(self, dtype: str) -> str:
+        """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight."""
+        return cast_digest(self._model, dtype, self._weights.pristine)
 
     @property
     def fold_state(self) -> FoldState:
