@@ -7,7 +7,7 @@ Digests depend on names, dtypes, shapes and bytes alone: they are the same in ev
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -82,21 +82,21 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 def tensor_digests(
     model: nn.Module, dtype: torch.dtype | None = None, parameter: Callable[[str], Tensor] | None = None
 ) -> dict[str, str]:
-    """Digest of each tensor of `saved_tensors`, weights cast to `dtype` if that is given."""
+    """Digest of each tensor of `saved_tensors`, weights cast to `dtype` if that is given.
+
+    `parameter` is only called on this thread, and what it returned is not used any more when it is called again.
+    """
     saved = saved_tensors(model)
 
     def read(name: str) -> str:
-        ours = parameter is None or not isinstance(saved[name], nn.Parameter)
-        return tensor_digest(saved[name] if ours or parameter is None else parameter(name), dtype)
+        if parameter is None or not isinstance(saved[name], nn.Parameter):
+            return tensor_digest(saved[name], dtype)
+        return tensor_digest(parameter(name), dtype)
 
-    return in_threads(read, saved)
-
-
-def in_threads(read: Callable[[str], str], names: Iterable[str]) -> dict[str, str]:
-    """What `read` returns for each name."""
-    names = list(names)
+    if parameter is not None:
+        return {name: read(name) for name in saved}
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
+        return dict(zip(saved, pool.map(read, saved), strict=True))
 
 
 def tensor_digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:

@@ -48,20 +48,18 @@ def stamp_for(adapter: Path, base: str, force: bool) -> "tuple[Stamp, int]":
     Raises AdapterError for an adapter that does not fit or has a stamp that must not be replaced, or ModelUnsupported.
     """
     from lorafold.model import load_weights
-    from lorafold_adapters.binding import bind
-    from lorafold_adapters.checkpoint import read_checkpoint
-    from lorafold_adapters.identity import fingerprint
+    from lorafold_adapters import AdapterManager, read_checkpoint
     from lorafold_adapters.stamp import make_stamp, read_stamp
 
     checkpoint = read_checkpoint(adapter)
     before = None if force else read_stamp(adapter)
     model = load_weights(base)
-    bound = bind(checkpoint, model)
-    content = fingerprint(model)
-    if before is not None and before.base != content.digest:
+    manager = AdapterManager(model)
+    bound = manager.bind(checkpoint)
+    if before is not None and before.base != manager.base.digest:
         raise click.ClickException(
-            f"'{adapter}' has a stamp for base {before.base[:12]}… and this is {content.digest[:12]}…: "
+            f"'{adapter}' has a stamp for base {before.base[:12]}… and this is {manager.base.digest[:12]}…: "
             "give --force if the stamp is wrong"
         )
     name = Path(base).resolve().name if Path(base).is_dir() else base
-    return make_stamp(checkpoint, model, content, name), len(bound.updates)
+    return make_stamp(checkpoint, model, manager.base, name), len(bound.updates)
