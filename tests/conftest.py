@@ -80,6 +80,16 @@ def demo_config(**sections: object) -> Config:
     return parse_config({**content, **sections}, Path("test.toml"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing is written into the user's own cache, by child processes neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr("lorafold.config.user_cache_path", lambda name: folder / name)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     with serving(demo_config()) as running:

@@ -105,7 +105,8 @@ def test_deployments_from_create_to_delete(serve: Serve) -> None:
     changed = lorafold("deployments", "update", "it", "--adapter", str(DEMO / "shift"), *where)
     assert changed.returncode == 0, changed.stderr
     assert lorafold("generate", "-d", "it", "Hello there", *where).stdout == "Ifmmp uifsf\n"
-    assert json.loads(lorafold("deployments", "get", "it", "--json", *where).stdout)["kind"] == "LORA+dora"
+    got = json.loads(lorafold("deployments", "get", "it", "--json", *where).stdout)
+    assert (got["kind"], got["base_match"]) == ("LORA+dora", "same")
     assert lorafold("deployments", "delete", "it", *where).stdout == "deleted it\n"
     assert "'it'" in lorafold("generate", "-d", "it", "Hello", *where).stderr
 

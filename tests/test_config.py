@@ -43,6 +43,7 @@ def test_deployments_have_a_policy(tmp_path: Path) -> None:
         ('[base]\nmodel = "m"\nmodle = "n"', "base.modle"),
         ('[base]\nmodel = "m"\ndtype = "int3"', "base.dtype"),
         ('[base]\nmodel = "m"\n[engine]\nmax_batch = 0', "engine.max_batch"),
+        ('[base]\nmodel = "m"\n[identity]\nunstamped = "ignore"', "identity.unstamped"),
         ('[base]\nmodel = "m"\n[engine]\nmax_batch = "8"', "engine.max_batch"),
         ('[base]\nmodel = "m"\n[[deployments]]\nname = "a b"\nadapter = "x"', "deployments.0.name"),
         ('[base]\nmodel = "m"\n[[deployments]]\nname = "a"\nadapter = "x"\npolicy = "both"', "deployments.0.policy"),

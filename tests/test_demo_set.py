@@ -8,6 +8,7 @@ import pytest
 from lorafold.demo.make import make_demo_set
 from lorafold.demo.reference import Reference
 from lorafold.demo.tasks import TASKS, held_out
+from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO
 
 TEXTS = held_out(40, seed=99)
@@ -51,5 +52,6 @@ def test_making_the_set_is_reproducible(tmp_path: Path) -> None:
         make_demo_set(tmp_path / name, base_steps=3, steps=2)
     files = sorted(file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.safetensors"))
     assert len(files) == 1 + len(TASKS)
+    files += [Path(task, STAMP_FILE) for task in TASKS]
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()

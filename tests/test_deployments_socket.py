@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorafold.client import Client, ServerError, translated
 from lorafold.demo.reference import Reference
 from lorafold.v1 import deployment_pb2 as pb
+from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO, RunningServer, demo_config, serving
 from tests.models import KINDS
 
@@ -57,6 +58,7 @@ def test_a_deployment_is_callable_from_create_to_delete(own: RunningServer) -> N
     made = create(client, "fresh", DEMO / "shift")
     assert made.adapter_digest
     assert (made.bound_modules, made.adapter_modules, made.adapter_kind) == (28, 28, "LORA+dora")
+    assert made.base_match == pb.BASE_MATCH_SAME
     got = client.stubs.deployments.GetDeployment(pb.GetDeploymentRequest(name="fresh")).deployment
     assert got == made
     assert "fresh" in names(client)
@@ -131,6 +133,7 @@ def unlike(adapter: Path, folder: Path) -> Path:
     copy = Path(shutil.copytree(adapter, folder / "unlike"))
     file = copy / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "revision": "another"}))
+    (copy / STAMP_FILE).unlink()  # It is for the adapter that was copied.
     return copy
 
 

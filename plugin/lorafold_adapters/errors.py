@@ -5,7 +5,8 @@ LorafoldError
 │   ├── AdapterNotFound         no such folder, or a file in it is missing
 │   ├── AdapterCorrupt          a file cannot be read, or its contents contradict each other
 │   ├── AdapterUnsupported      well-formed, but of a kind or with an option that is not served
-│   ├── BaseMismatch            made for another base: names or shapes do not fit
+│   ├── BaseMismatch            made for another base: names or shapes do not fit, or its stamp says so
+│   ├── AdapterUnstamped        has no stamp where one is demanded
 │   └── DeltaLost               folding it would lose too much of it in the weights' dtype
 ├── AdapterNotLoaded            the name or digest is unknown to this manager
 ├── DeviceFull                  the device's memory does not suffice; nothing was changed
@@ -44,6 +45,10 @@ class BaseMismatch(AdapterError):
 
 class DeltaLost(AdapterError):
     """Folding the adapter would lose too much of it in the dtype of the weights."""
+
+
+class AdapterUnstamped(AdapterError):
+    """The adapter has no stamp, and one is demanded."""
 
 
 class AdapterNotLoaded(LorafoldError):

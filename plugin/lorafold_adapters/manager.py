@@ -30,7 +30,7 @@ from lorafold_adapters.errors import (
 )
 from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
 from lorafold_adapters.fold import State, Weights
-from lorafold_adapters.identity import Fingerprint, tensor_digest
+from lorafold_adapters.identity import Fingerprint, cast_digest, tensor_digest
 from lorafold_adapters.identity import fingerprint as fingerprint_of
 from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
@@ -100,6 +100,10 @@ class AdapterManager:
     def base(self) -> Fingerprint:
         """Content of the base as it was when the manager was made."""
         return self._fingerprint
+
+    def base_as(self, dtype: str) -> str:
+        """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight."""
+        return cast_digest(self._model, dtype, self._weights.pristine)
 
     @property
     def fold_state(self) -> FoldState:

@@ -12,8 +12,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
+from transformers import PreTrainedModel
 
-from lorafold.config import Config, local_model_path
+from lorafold.config import Config, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.loop import Engine
@@ -27,10 +28,12 @@ from lorafold.services.deployment import DeploymentService
 from lorafold.services.generation import GenerationService
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
+from lorafold.stamps import StampCheck
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
+from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
 from lorafold_adapters.policy import TurnTaking
 
 T = TypeVar("T")
@@ -138,10 +141,13 @@ def refuse_cheap_mistakes(config: Config) -> None:
 
 async def load_parts(config: Config, say: Say) -> Parts:
     """Everything but the network. Raises ModelUnsupported."""
-    base = await timed(say, "loaded the base", lambda: load_base(config.base, local_model_path(config)))
+    path = local_model_path(config)
+    before = await asyncio.to_thread(model_files, path)
+    base = await timed(say, "loaded the base", lambda: load_base(config.base, path))
     model = base.model
     say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
-    manager = await timed(say, "read its fingerprint", lambda: AdapterManager(model))
+    entry = cache_entry(fingerprint_folder(config), model, before, await asyncio.to_thread(model_files, path))
+    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry))
     say(f"  base {manager.base.digest[:12]}")
     metrics = Metrics(CollectorRegistry())
     loop = asyncio.get_running_loop()
@@ -154,7 +160,8 @@ async def load_parts(config: Config, say: Say) -> Parts:
     engine = make_engine(
         base, manager, runner, config, metrics, lambda why: loop.call_soon_threadsafe(died.set_result, why)
     )
-    deployments = Deployments(manager, engine, config.folder)
+    stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
+    deployments = Deployments(manager, engine, stamps, config.folder)
     return Parts(
         config=config,
         base=base,
@@ -164,6 +171,15 @@ async def load_parts(config: Config, say: Say) -> Parts:
         metrics=metrics,
         died=died,
     )
+
+
+def attach(model: PreTrainedModel, entry: CacheEntry) -> AdapterManager:
+    """A manager of `model`, whose tensors are read only if their fingerprint is not remembered."""
+    known = entry.read()
+    manager = AdapterManager(model, fingerprint=known)
+    if known is None:
+        entry.write(manager.base)
+    return manager
 
 
 def make_engine(
@@ -196,7 +212,7 @@ async def deploy_all(parts: Parts, say: Say) -> None:
         bound = made.bound
         say(
             f"deployed {made.name}: {made.policy.value}, {bound.checkpoint.kind}, adapter {made.digest[:12]}, "
-            f"bound {len(bound.updates)} of {bound.targeted} modules"
+            f"bound {len(bound.updates)} of {bound.targeted} modules, base: {made.match}"
         )
 
 

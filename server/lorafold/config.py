@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from platformdirs import user_cache_path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import ConfigError
@@ -78,6 +79,15 @@ class PolicyConfig(Section):
     """How long a folded adapter, or the shared batch, runs while others wait."""
 
 
+class IdentityConfig(Section):
+    """`[identity]`: which base an adapter was trained on, as its stamp says."""
+
+    unstamped: Literal["allow", "warn", "refuse"] = "warn"
+    """What to do with an adapter without a stamp; `lorafold stamp` makes one."""
+    cache: str | None = None
+    """A folder, relative to the file, where fingerprints of bases are remembered; the user's cache unless given."""
+
+
 class DeploymentConfig(Section):
     """`[[deployments]]`: a name that clients call."""
 
@@ -101,6 +111,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     policy: PolicyConfig = PolicyConfig()
+    identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()
     deployments: list[DeploymentConfig] = []
     folder: Path = Path()
@@ -136,6 +147,12 @@ def parse_config(content: dict[str, Any], file: Path) -> Config:
         if names.count(name) > 1:
             raise ConfigError(f"'{file}': deployment '{name}' is there twice: every name once")
     return config
+
+
+def fingerprint_folder(config: Config) -> Path:
+    """Where fingerprints of bases are remembered."""
+    cache = config.identity.cache
+    return user_cache_path("lorafold") / "fingerprints" if cache is None else config.folder / cache
 
 
 def local_model_path(config: Config) -> str:

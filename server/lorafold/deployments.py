@@ -19,10 +19,12 @@ import structlog
 from lorafold.config import BASE, NAME_PATTERN
 from lorafold.engine.loop import Engine
 from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
+from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.errors import AdapterUnsupported
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.stamp import Match
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +37,8 @@ class Deployment:
     adapter_path: str
     policy: PolicyKind
     bound: BoundAdapter
+    match: Match
+    """What the adapter's stamp says about the base."""
     etag: str
     created: datetime
     updated: datetime
@@ -56,9 +60,10 @@ class Target:
 class Deployments:
     """All deployments of one server."""
 
-    def __init__(self, manager: AdapterManager, engine: Engine, folder: Path) -> None:
+    def __init__(self, manager: AdapterManager, engine: Engine, stamps: StampCheck, folder: Path) -> None:
         self._manager = manager
         self._engine = engine
+        self._stamps = stamps
         self._folder = folder.absolute()
         self._by_name: dict[str, Deployment] = {}
         self._busy: set[str] = set()
@@ -94,13 +99,14 @@ class Deployments:
         with self._changing(name):
             if name in self._by_name:
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound = await self._stage(adapter_path, policy)
+            bound, match = await self._stage(adapter_path, policy)
             now = datetime.now(UTC)
             deployment = Deployment(
                 name=name,
                 adapter_path=adapter_path,
                 policy=policy,
                 bound=bound,
+                match=match,
                 etag=uuid.uuid4().hex,
                 created=now,
                 updated=now,
@@ -116,12 +122,17 @@ class Deployments:
             self._check_etag(old, etag)
             policy = policy or old.policy
             path = adapter_path or old.adapter_path
-            bound = await self._stage(path, policy) if adapter_path else await self._again(old.bound, policy)
+            bound, match = old.bound, old.match
+            if adapter_path:
+                bound, match = await self._stage(path, policy)
+            else:
+                await self._put_on_device(bound, policy)
             new = replace(
                 old,
                 adapter_path=path,
                 policy=policy,
                 bound=bound,
+                match=match,
                 etag=uuid.uuid4().hex,
                 updated=datetime.now(UTC),
             )
@@ -139,17 +150,18 @@ class Deployments:
             self._release(old)
         log.info("deployment deleted", name=name, adapter=old.digest)
 
-    async def _stage(self, adapter_path: str, policy: PolicyKind) -> BoundAdapter:
-        """Reads, checks and binds an adapter and puts it on the device."""
+    async def _stage(self, adapter_path: str, policy: PolicyKind) -> tuple[BoundAdapter, Match]:
+        """Reads, checks and binds an adapter, compares its stamp with the base, and puts it on the device."""
         async with self._binding:
             bound = await asyncio.to_thread(self._manager.bind, self._folder / adapter_path)
-        return await self._again(bound, policy)
+            match = await asyncio.to_thread(self._stamps.check, bound.checkpoint)
+        await self._put_on_device(bound, policy)
+        return bound, match
 
-    async def _again(self, bound: BoundAdapter, policy: PolicyKind) -> BoundAdapter:
+    async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> None:
         if policy is PolicyKind.MERGED and bound.fold_refusal is not None:
             raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; deploy it unmerged")
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
-        return bound
 
     def _release(self, deployment: Deployment) -> None:
         self._engine.call(lambda: self._engine.weights.release(deployment.digest))

@@ -1,5 +1,7 @@
 """Loads the base model and its tokenizer, and makes sure that our attention computes what the model means."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,24 +55,41 @@ def load_base(config: BaseConfig, path: str) -> LoadedBase:
     """Loads the base from `path`, a folder or a name on the hub. Raises ModelUnsupported."""
     refuse_no_model(path)
     device = pick_device(config.device)
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    with translated(path):
+        model = load_weights(path, config.dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
         cast(torch.nn.Module, model).to(device).eval().requires_grad_(False)
-    except Exception as error:  # Whatever transformers raises: a missing file, a damaged one, a missing package.
-        raise ModelUnsupported(f"cannot load the base model '{path}': {first_line(error)}") from error
     windows = use_our_attention(model)
     return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model, windows))
+
+
+def load_weights(path: str, dtype: str = "auto") -> PreTrainedModel:
+    """The model in `path`, a folder or a name on the hub, on the CPU. Raises ModelUnsupported."""
+    refuse_no_model(path)
+    with translated(path):
+        wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+    return model
+
+
+@contextmanager
+def translated(path: str) -> Iterator[None]:
+    """Inside, whatever transformers raises becomes ModelUnsupported: a file or a package that is missing, ..."""
+    try:
+        yield
+    except ModelUnsupported:
+        raise
+    except Exception as error:
+        raise ModelUnsupported(f"cannot load the base model '{path}': {first_line(error)}") from error
 
 
 def refuse_no_model(path: str) -> None:
     """Raises ModelUnsupported for what can be neither a model's folder nor a name on the hub."""
     folder = Path(path)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ModelUnsupported(f"base.model '{path}' is a PEFT adapter: name the model it was trained on")
+        raise ModelUnsupported(f"base model '{path}' is a PEFT adapter: name the model it was trained on")
     if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise ModelUnsupported(f"base.model '{path}' is no folder here and no name on the hub: correct it")
+        raise ModelUnsupported(f"base model '{path}' is no folder here and no name on the hub: correct it")
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

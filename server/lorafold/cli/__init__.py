@@ -9,6 +9,7 @@ from lorafold.cli.demo import demo
 from lorafold.cli.deployments import deployments
 from lorafold.cli.generate import generate
 from lorafold.cli.serve import serve
+from lorafold.cli.stamp import stamp
 from lorafold.cli.weights import weights
 
 
@@ -18,7 +19,7 @@ def cli() -> None:
     """Serves LoRA adapters: folded into the weights, or beside them, on one base model."""
 
 
-for command in (serve, generate, deployments, weights, demo, completion):
+for command in (serve, generate, deployments, weights, stamp, demo, completion):
     cli.add_command(command)
 
 

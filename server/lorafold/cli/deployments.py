@@ -123,7 +123,7 @@ def policy_value(policy: str) -> Any:
 
 def as_dict(item: "Deployment") -> dict[str, object]:
     """A deployment, for people and for JSON."""
-    from lorafold.v1.deployment_pb2 import Policy
+    from lorafold.v1.deployment_pb2 import BaseMatch, Policy
 
     return {
         "name": item.name,
@@ -132,6 +132,7 @@ def as_dict(item: "Deployment") -> dict[str, object]:
         "adapter_digest": item.adapter_digest,
         "kind": item.adapter_kind,
         "bound": f"{item.bound_modules} of {item.adapter_modules} modules",
+        "base_match": BaseMatch.Name(item.base_match).removeprefix("BASE_MATCH_").lower().replace("_", " "),
         "etag": item.etag,
         "updated": item.update_time.ToJsonString(),
     }

@@ -1,7 +1,7 @@
 """Trains the demo set: a Llama of 0.6 M parameters that copies a string, and one PEFT adapter for each task.
 
-Writes ordinary transformers and PEFT folders: `base/` and one folder per task. Seeded; about twenty minutes on 2 cores,
-which is why the result is shipped in `set/`.
+Writes ordinary transformers and PEFT folders, stamped: `base/` and one folder per task. Seeded; about twenty minutes on
+2 cores, which is why the result is shipped in `set/`.
 """
 
 import random
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorafold.demo.tasks import ALPHABET, TASKS, TRAINED_LENGTHS, Rule, random_text
+from lorafold_adapters.checkpoint import read_checkpoint
+from lorafold_adapters.identity import fingerprint
+from lorafold_adapters.stamp import make_stamp, write_stamp
 
 PAD, BOS, EOS, SEP = "<pad>", "<bos>", "<eos>", "<sep>"
 BASE_STEPS, BASE_BATCH, BASE_RATE = 900, 128, 3e-3
@@ -51,6 +54,13 @@ def make_adapter(folder: Path, name: str, seed: int, steps: int, progress: Progr
     adapted.peft_config["default"].base_model_name_or_path = "base"
     adapted.save_pretrained(str(folder / name), save_embedding_layers=False)
     (folder / name / "README.md").unlink()
+    stamp_adapter(folder / name, folder / "base")
+
+
+def stamp_adapter(adapter: Path, base: Path) -> None:
+    """Writes down that `adapter` was trained on `base`."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype="auto")
+    write_stamp(adapter, make_stamp(read_checkpoint(adapter), model, fingerprint(model), base.name))
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,6 +13,7 @@ from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold.v1 import deployment_pb2_grpc
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.stamp import Match
 
 Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_PAGE, MAX_PAGE = 50, 1000
@@ -22,6 +23,11 @@ POLICIES = {
     PolicyKind.AUTO: pb.POLICY_AUTO,
 }
 KINDS: dict[int, PolicyKind] = {value: kind for kind, value in POLICIES.items()}
+MATCHES = {
+    Match.SAME: pb.BASE_MATCH_SAME,
+    Match.OTHER_DTYPE: pb.BASE_MATCH_OTHER_DTYPE,
+    Match.UNSTAMPED: pb.BASE_MATCH_UNSTAMPED,
+}
 MASK = ("adapter_path", "policy")
 
 
@@ -120,6 +126,7 @@ def message_of(deployment: Deployment) -> pb.Deployment:
         adapter_kind=deployment.bound.checkpoint.kind,
         bound_modules=len(deployment.bound.updates),
         adapter_modules=deployment.bound.targeted,
+        base_match=MATCHES[deployment.match],
         etag=deployment.etag,
         create_time=created,
         update_time=updated,

@@ -37,6 +37,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (plugin.AdapterCorrupt, grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_CORRUPT"),
     (plugin.AdapterUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSUPPORTED"),
     (plugin.BaseMismatch, grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH"),
+    (plugin.AdapterUnstamped, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSTAMPED"),
     (plugin.AdapterNotLoaded, grpc.StatusCode.ABORTED, "ADAPTER_GONE"),
     (plugin.AdapterInUse, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_IN_USE"),
     (plugin.FoldFailed, grpc.StatusCode.INTERNAL, "FOLD_FAILED"),

@@ -11,19 +11,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class BaseMatch(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BASE_MATCH_UNSPECIFIED: _ClassVar[BaseMatch]
+    BASE_MATCH_SAME: _ClassVar[BaseMatch]
+    BASE_MATCH_OTHER_DTYPE: _ClassVar[BaseMatch]
+    BASE_MATCH_UNSTAMPED: _ClassVar[BaseMatch]
+
 class Policy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     POLICY_UNSPECIFIED: _ClassVar[Policy]
     POLICY_MERGED: _ClassVar[Policy]
     POLICY_UNMERGED: _ClassVar[Policy]
     POLICY_AUTO: _ClassVar[Policy]
+BASE_MATCH_UNSPECIFIED: BaseMatch
+BASE_MATCH_SAME: BaseMatch
+BASE_MATCH_OTHER_DTYPE: BaseMatch
+BASE_MATCH_UNSTAMPED: BaseMatch
 POLICY_UNSPECIFIED: Policy
 POLICY_MERGED: Policy
 POLICY_UNMERGED: Policy
 POLICY_AUTO: Policy
 
 class Deployment(_message.Message):
-    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time")
+    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +45,7 @@ class Deployment(_message.Message):
     ETAG_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    BASE_MATCH_FIELD_NUMBER: _ClassVar[int]
     name: str
     adapter_path: str
     policy: Policy
@@ -44,7 +56,8 @@ class Deployment(_message.Message):
     etag: str
     create_time: _timestamp_pb2.Timestamp
     update_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    base_match: BaseMatch
+    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ...) -> None: ...
 
 class CreateDeploymentRequest(_message.Message):
     __slots__ = ("deployment",)
