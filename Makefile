@@ -26,6 +26,8 @@ protos: $(READY)
 		--python_out=server --grpc_python_out=server --pyi_out=server --mypy_grpc_out=quiet:server $(PROTOS)
 
 bench: $(READY)
+	$(BIN)/python -m bench.exactness --quick
+	$(BIN)/python -m bench.swap --quick
 	$(BIN)/python -m bench.overhead
 
 # One environment for everything; made again when what it is made from changes.

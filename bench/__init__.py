@@ -1,1 +1,1 @@
-"""Speed, measured: ratios against something named, both in one run. No test is timed."""
+"""Exactness and speed, measured: counts, and ratios against something named in the same run. No test is timed."""

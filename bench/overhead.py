@@ -10,7 +10,6 @@ JSON object.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -19,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.adapters import ALL_LINEAR, write_adapter
 from bench.environment import describe
+from bench.models import llama, placed
+from bench.rounds import Timing, measure, ratio
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.runner import Piece, Runner
 from lorafold.model import pick_device, use_our_attention
@@ -32,7 +32,6 @@ CONTEXT = 64
 ADAPTERS = 8
 STEPS = 3
 """Steps in one timing."""
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +44,12 @@ class Variant:
     """Whose low-rank paths the rows take, in turn; none: the weights as they are."""
 
 
-def llama(layers: int) -> LlamaForCausalLM:
-    """Random weights, 768 wide, 12 heads."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=8192,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
-
-
 def written_adapters(folder: Path, layers: int, rank: int) -> Iterator[tuple[str, Path]]:
-    """PEFT checkpoints with random factors."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ALL_LINEAR, init_lora_weights=False)
-    names = [f"adapter-{index}" for index in range(ADAPTERS)]
-    adapted = get_peft_model(llama(layers), config, adapter_name=names[0])
-    for name in names[1:]:
-        adapted.add_adapter(name, config)
-    adapted.save_pretrained(str(folder))
-    yield from ((name, folder / name) for name in names)
+    """PEFT checkpoints on all linear layers."""
+    base = llama(layers)
+    for seed in range(ADAPTERS):
+        name = f"adapter-{seed}"
+        yield name, write_adapter(base, folder / name, seed, r=rank, lora_alpha=rank, target_modules=ALL_LINEAR)
 
 
 def pieces(batch: int, adapters: list[str]) -> list[Piece]:
@@ -77,34 +58,19 @@ def pieces(batch: int, adapters: list[str]) -> list[Piece]:
     return [Piece(tokens=[7 + row], slot=row, past=CONTEXT, adapter=turns[row], samples=True) for row in range(batch)]
 
 
-def measure(runner: Runner, variants: dict[str, Variant], batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; the first round is warm-up and not kept."""
-    names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            variants[name].prepare()
-            work = pieces(batch, variants[name].adapters)
-            taken = timed(lambda work=work: runner.run(work))  # type: ignore[misc]
-            if number:
-                seconds[name].append(taken)
-    return seconds
+def timing(runner: Runner, variant: Variant, batch: int) -> Timing:
+    """Times `STEPS` steps after one that is not timed; copying logits to the host ends each."""
+    work = pieces(batch, variant.adapters)
 
+    def timed(_: int) -> float:
+        variant.prepare()
+        runner.run(work).cpu()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            runner.run(work).cpu()
+        return time.perf_counter() - start
 
-def timed(step: Callable[[], torch.Tensor]) -> float:
-    """Seconds of `STEPS` steps after one that is not timed; copying logits to the host ends the last one."""
-    step().cpu()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        step().cpu()
-    return time.perf_counter() - start
-
-
-def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Median and quartiles of the per-round ratios."""
-    low, middle, high = statistics.quantiles([one / other for one, other in zip(over, under, strict=True)], n=4)
-    return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
+    return timed
 
 
 def compare(runner: Runner, manager: AdapterManager, batch: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -119,7 +85,7 @@ def compare(runner: Runner, manager: AdapterManager, batch: int, rounds: int) ->
     }
     if batch >= len(names):
         variants["unmerged_8"] = Variant(unmerge, names)
-    seconds = measure(runner, variants, batch, rounds)
+    seconds = measure({name: timing(runner, variant, batch) for name, variant in variants.items()}, rounds)
     unmerge()
     result = {
         "same_over_same": ratio(seconds["base_again"], seconds["base"]),
@@ -148,8 +114,7 @@ def main() -> None:
     arguments = parsed()
     layers, rounds = (4, 8) if arguments.quick else (12, 20)
     device = pick_device(arguments.device)
-    model = llama(layers).eval().requires_grad_(False)
-    torch.nn.Module.to(model, device=device, dtype=getattr(torch, arguments.dtype))
+    model = placed(llama(layers), device, getattr(torch, arguments.dtype))
     use_our_attention(model)
     manager = AdapterManager(model)
     with tempfile.TemporaryDirectory() as scratch:

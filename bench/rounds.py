@@ -1,0 +1,66 @@
+"""Takes timings in rounds, and turns them into ratios. Knows nothing about what is timed."""
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+Timing = Callable[[int], float]
+"""Brings everything into place for round n, then returns the seconds that the measured part took."""
+
+
+def measure(variants: Mapping[str, Timing], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, in an order that rotates; the first round is warm-up and not kept."""
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            taken = variants[name](number)
+            if number:
+                seconds[name].append(taken)
+    return seconds
+
+
+def stopwatch(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds until `work` is done on `device`."""
+    settle(device)
+    start = time.perf_counter()
+    work()
+    settle(device)
+    return time.perf_counter() - start
+
+
+def settle(device: torch.device) -> None:
+    """Waits for what a GPU was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Median and quartiles of the per-round ratios."""
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(over, under, strict=True)], n=4)
+    return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
+
+
+def record(theme: str, result: Mapping[str, Any], seconds: Mapping[str, Mapping[str, list[float]]]) -> Path:
+    """Keeps the result, then every timing, as JSON lines in a file of its own; returns the file."""
+    hardware = re.sub(r"[^a-z0-9]+", "-", str(result["hardware"]).lower()).strip("-")
+    file = RESULTS / f"{theme}_{hardware}_{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    points = (
+        {"dtype": dtype, "variant": variant, "round": number, "seconds": taken}
+        for dtype, variants in seconds.items()
+        for variant, timings in variants.items()
+        for number, taken in enumerate(timings, start=1)
+    )
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in (result, *points)))
+    return file
