@@ -76,25 +76,6 @@ def test_a_fold_that_fails_fails_its_rows_and_nobody_elses(
         assert bench.engine.call(bench.engine.weights.verify).result(30).mismatched == ()
 
 
-def test_a_lost_base_ends_the_engine_and_refuses_everything(
-    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Bench(tiny_llama())
-    with bench:
-        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
-        merged = bench.submit("merged", PROMPT, 400, adapter=digest, policy=PolicyKind.MERGED)
-        monkeypatch.setattr(bench.manager._weights, "restore", lambda: (_ for _ in ()).throw(BaseCorrupt("injected")))
-        base = bench.submit("base", PROMPT)
-        for answer in (merged, base):
-            assert isinstance(answer.last, Failed)
-            assert isinstance(answer.last.error, EngineStopped)
-        late = bench.submit("late", PROMPT)
-        assert isinstance(late.last, Failed)
-        with pytest.raises(EngineStopped):
-            bench.engine.call(lambda: 1).result(10)
-    assert isinstance(bench.recorder.death[0], BaseCorrupt)
-
-
 def test_stopping_tells_everybody() -> None:
     bench = Bench(tiny_llama(), slots=1)
     with bench:
