@@ -36,8 +36,9 @@ from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
 from lorafold_adapters.undo import UndoKind, make_undo
 
-MAX_DELTA_ERROR = 0.5
-"""Folding is refused if more than this of the delta is lost; `bench/README.md` says why half."""
+MAX_DELTA_ERROR = 0.4
+"""Folding is refused if more than this of the delta is lost: up to there the adapters of the demo set keep 98 % of
+their accuracy, at 0.6 one of them keeps 68 % (`python -m bench.fidelity`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
