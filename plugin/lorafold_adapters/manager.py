@@ -37,8 +37,8 @@ from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, instal
 from lorafold_adapters.undo import UndoKind, make_undo
 
 MAX_DELTA_ERROR = 0.25
-"""Folding is refused if more than this of the delta is lost: up to there each adapter of the demo set keeps over 90 % of
-its accuracy; at 0.4 one of them is down to 78 %, at 0.6 to 58 % (`python -m bench.fidelity`)."""
+"""Folding is refused if more than this of the delta is lost: up to there each adapter of the demo set keeps over 90 %
+of its accuracy; at 0.4 one of them is down to 78 %, at 0.6 to 58 % (`python -m bench.fidelity`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
