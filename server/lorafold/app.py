@@ -211,7 +211,7 @@ async def deploy_all(parts: Parts, say: Say) -> None:
             raise ConfigError(f"deployment '{wanted.name}': {error}") from error
         bound = made.bound
         say(
-            f"deployed {made.name}: {made.policy.value}, {bound.checkpoint.kind}, adapter {made.digest[:12]}, "
+            f"deployed {made.name}: {made.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
             f"bound {len(bound.updates)} of {bound.targeted} modules, base: {made.match}"
         )
 

@@ -22,6 +22,7 @@ from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.checkpoint import read_checkpoint
 from lorafold_adapters.errors import AdapterUnsupported
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.stamp import Match
@@ -153,8 +154,9 @@ class Deployments:
     async def _stage(self, adapter_path: str, policy: PolicyKind) -> tuple[BoundAdapter, Match]:
         """Reads, checks and binds an adapter, compares its stamp with the base, and puts it on the device."""
         async with self._binding:
-            bound = await asyncio.to_thread(self._manager.bind, self._folder / adapter_path)
-            match = await asyncio.to_thread(self._stamps.check, bound.checkpoint)
+            checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / adapter_path)
+            bound = await asyncio.to_thread(self._manager.bind, checkpoint)
+            match = await asyncio.to_thread(self._stamps.check, checkpoint)
         await self._put_on_device(bound, policy)
         return bound, match
 

@@ -123,7 +123,7 @@ def message_of(deployment: Deployment) -> pb.Deployment:
         adapter_path=deployment.adapter_path,
         policy=POLICIES[deployment.policy],
         adapter_digest=deployment.digest,
-        adapter_kind=deployment.bound.checkpoint.kind,
+        adapter_kind=deployment.bound.kind,
         bound_modules=len(deployment.bound.updates),
         adapter_modules=deployment.bound.targeted,
         base_match=MATCHES[deployment.match],
