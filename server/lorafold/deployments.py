@@ -8,10 +8,11 @@ is no `await`, so a request is always in the engine's inbox before the release o
 import asyncio
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,12 +20,14 @@ import structlog
 from lorafold.config import BASE, NAME_PATTERN
 from lorafold.engine.loop import Engine
 from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
+from lorafold.recipes import Recipe, Source
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.checkpoint import read_checkpoint
 from lorafold_adapters.errors import AdapterUnsupported
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.routes import unrouted
 from lorafold_adapters.stamp import Match
 
 log = structlog.get_logger(__name__)
@@ -35,7 +38,7 @@ class Deployment:
     """A name and what it points at."""
 
     name: str
-    adapter_path: str
+    source: Source
     policy: PolicyKind
     bound: BoundAdapter
     match: Match
@@ -75,8 +78,7 @@ class Deployments:
         if name in ("", BASE):
             return Target(None, PolicyKind.UNMERGED)
         deployment = self.get(name)
-        foldable = deployment.bound.fold_refusal is None
-        return Target(deployment.digest, deployment.policy if foldable else PolicyKind.UNMERGED)
+        return Target(deployment.digest, possible(deployment.policy, deployment.bound))
 
     def get(self, name: str) -> Deployment:
         """Raises DeploymentNotFound."""
@@ -94,17 +96,17 @@ class Deployments:
         """Names of the deployments of one adapter."""
         return [deployment.name for deployment in self.all() if deployment.digest == digest]
 
-    async def create(self, name: str, adapter_path: str, policy: PolicyKind) -> Deployment:
+    async def create(self, name: str, source: Source, policy: PolicyKind) -> Deployment:
         """Raises InvalidField, DeploymentExists, DeploymentBusy or a subclass of AdapterError."""
         check_name(name)
         with self._changing(name):
             if name in self._by_name:
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound, match = await self._stage(adapter_path, policy)
+            bound, match = await self._stage(source, policy)
             now = datetime.now(UTC)
             deployment = Deployment(
                 name=name,
-                adapter_path=adapter_path,
+                source=source,
                 policy=policy,
                 bound=bound,
                 match=match,
@@ -116,21 +118,20 @@ class Deployments:
         log.info("deployment created", name=name, adapter=deployment.digest, policy=policy.value)
         return deployment
 
-    async def update(self, name: str, adapter_path: str | None, policy: PolicyKind | None, etag: str) -> Deployment:
+    async def update(self, name: str, source: Source | None, policy: PolicyKind | None, etag: str) -> Deployment:
         """Changes what is not None. Raises DeploymentNotFound, EtagMismatch, DeploymentBusy or an AdapterError."""
         with self._changing(name):
             old = self.get(name)
             self._check_etag(old, etag)
             policy = policy or old.policy
-            path = adapter_path or old.adapter_path
             bound, match = old.bound, old.match
-            if adapter_path:
-                bound, match = await self._stage(path, policy)
+            if source is not None:
+                bound, match = await self._stage(source, policy)
             else:
                 await self._put_on_device(bound, policy)
             new = replace(
                 old,
-                adapter_path=path,
+                source=old.source if source is None else source,
                 policy=policy,
                 bound=bound,
                 match=match,
@@ -151,18 +152,35 @@ class Deployments:
             self._release(old)
         log.info("deployment deleted", name=name, adapter=old.digest)
 
-    async def _stage(self, adapter_path: str, policy: PolicyKind) -> tuple[BoundAdapter, Match]:
+    async def _stage(self, source: Source, policy: PolicyKind) -> tuple[BoundAdapter, Match]:
         """Reads, checks and binds an adapter, compares its stamp with the base, and puts it on the device."""
         async with self._binding:
-            checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / adapter_path)
-            bound = await asyncio.to_thread(self._manager.bind, checkpoint)
-            match = await asyncio.to_thread(self._stamps.check, checkpoint)
+            if isinstance(source, Recipe):
+                parts = [(await self._read(part.path), part.weight) for part in source.parts]
+                adapters = [(bound, weight) for (bound, _), weight in parts]
+                bound = await asyncio.to_thread(self._manager.compose, adapters, source.spec)
+                match = least_sure(match for (_, match), _ in parts)
+            else:
+                bound, match = await self._read(source)
+        bound = await self._with_routes(bound)
         await self._put_on_device(bound, policy)
         return bound, match
 
+    async def _read(self, path: str) -> tuple[BoundAdapter, Match]:
+        checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / path)
+        bound = await asyncio.to_thread(self._manager.bind, checkpoint)
+        return bound, await asyncio.to_thread(self._stamps.check, checkpoint)
+
+    async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:
+        """Module by module between steps of the engine, which would stand still for all of them."""
+        routes = {}
+        for module in unrouted(bound):
+            work = partial(self._manager.route, bound, module)
+            routes[module] = await asyncio.wrap_future(self._engine.call(work))
+        return self._manager.with_routes(bound, routes)
+
     async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> None:
-        if policy is PolicyKind.MERGED and bound.fold_refusal is not None:
-            raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; deploy it unmerged")
+        possible(policy, bound)
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
 
     def _release(self, deployment: Deployment) -> None:
@@ -182,6 +200,24 @@ class Deployments:
     def _check_etag(deployment: Deployment, etag: str) -> None:
         if etag and etag != deployment.etag:
             raise EtagMismatch(f"'{deployment.name}' was changed since you read it: get it again and decide anew")
+
+
+def possible(policy: PolicyKind, bound: BoundAdapter) -> PolicyKind:
+    """The policy, or for `auto` the only one of the others that the adapter can have. Raises AdapterUnsupported."""
+    fold, route = bound.fold_refusal, bound.route_refusal
+    if fold is not None and (policy is PolicyKind.MERGED or route is not None):
+        raise AdapterUnsupported(f"the adapter cannot be folded: {fold}; {route or 'deploy it unmerged'}")
+    if route is not None and policy is PolicyKind.UNMERGED:
+        raise AdapterUnsupported(f"the adapter cannot run unmerged: {route}; deploy it merged")
+    if fold is not None:
+        return PolicyKind.UNMERGED
+    return PolicyKind.MERGED if route is not None else policy
+
+
+def least_sure(matches: Iterable[Match]) -> Match:
+    """What the stamps of several adapters say together."""
+    found = set(matches)
+    return next(match for match in (Match.UNSTAMPED, Match.OTHER_DTYPE, Match.SAME) if match in found)
 
 
 def check_name(name: str) -> None:
