@@ -68,7 +68,7 @@ def by_the_paper(method: str, parts: Sequence[Tensor], weights: Sequence[float],
         ]
     vectors = [[weight * value for value in tau] for tau, weight in zip(taus, weights, strict=True)]
     flat = paper_elect(vectors) if "ties" in method else [sum(values) for values in zip(*vectors, strict=True)]
-    return torch.tensor(flat).reshape(SHAPE)
+    return torch.tensor(flat).reshape(parts[0].shape)
 
 
 METHODS = ["linear", "ties", "magnitude_prune", "dare_linear", "dare_ties"]
