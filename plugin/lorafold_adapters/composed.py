@@ -61,7 +61,7 @@ class Combined:
         """See `Change`."""
         out.copy_(base).add_(self.delta(base))
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """Computing it again would cost more than remembering: the record holds what it changed."""
         out.copy_(folded)
 

@@ -11,7 +11,9 @@ from lorafold.errors import ConfigError
 from lorafold.recipes import Recipe, RecipePart, Source
 from lorafold_adapters.compose import Composition, check_weights
 from lorafold_adapters.errors import CompositionInvalid
+from lorafold_adapters.manager import MAX_DELTA_ERROR
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.undo import UndoKind
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"
@@ -73,6 +75,17 @@ class EngineConfig(Section):
     """Prompt tokens that one step reads at most."""
     default_max_tokens: Annotated[int, Field(gt=0)] = 256
     """For requests that do not say."""
+
+
+class FoldConfig(Section):
+    """`[fold]`: how adapters are written into the weights, and the base given back."""
+
+    undo: UndoKind = "auto"
+    """Where the base is kept meanwhile: `checkpoint` (its files, mapped into memory: takes none), `host`, `device`, or
+    `sparse` (only what rounding loses, where memory is short; slower). `auto`: `checkpoint` on a CPU, `host` on a GPU.
+    """
+    max_delta_error: Annotated[float, Field(gt=0)] = MAX_DELTA_ERROR
+    """Adapters of whose delta a fold would lose more than this share, by norm, are not folded."""
 
 
 class PolicyConfig(Section):
@@ -165,6 +178,7 @@ class Config(Section):
     base: BaseConfig
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
+    fold: FoldConfig = FoldConfig()
     policy: PolicyConfig = PolicyConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()

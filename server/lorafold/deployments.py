@@ -25,12 +25,23 @@ from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.checkpoint import read_checkpoint
-from lorafold_adapters.errors import AdapterUnsupported
+from lorafold_adapters.errors import AdapterUnsupported, DeltaLost
+from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.routes import unrouted
 from lorafold_adapters.stamp import Match
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folding:
+    """What folding an adapter would come to."""
+
+    fidelity: Fidelity | None = None
+    """None if it was not measured, as nothing folds the adapter."""
+    refusal: str | None = None
+    """Why the adapter is not folded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +52,7 @@ class Deployment:
     source: Source
     policy: PolicyKind
     bound: BoundAdapter
+    folding: Folding
     match: Match
     """What the adapter's stamp says about the base."""
     etag: str
@@ -51,6 +63,15 @@ class Deployment:
     def digest(self) -> str:
         """Content digest of the adapter."""
         return self.bound.digest
+
+    @property
+    def path(self) -> PolicyKind:
+        """The policy that its requests follow: an adapter that has only one mode is served in that."""
+        if self.policy is PolicyKind.AUTO and self.folding.refusal is not None:
+            return PolicyKind.UNMERGED
+        if self.policy is PolicyKind.AUTO and self.bound.route_refusal is not None:
+            return PolicyKind.MERGED
+        return self.policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +99,7 @@ class Deployments:
         if name in ("", BASE):
             return Target(None, PolicyKind.UNMERGED)
         deployment = self.get(name)
-        return Target(deployment.digest, possible(deployment.policy, deployment.bound))
+        return Target(deployment.digest, deployment.path)
 
     def get(self, name: str) -> Deployment:
         """Raises DeploymentNotFound."""
@@ -102,13 +123,15 @@ class Deployments:
         with self._changing(name):
             if name in self._by_name:
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound, match = await self._stage(source, policy)
+            bound, match = await self._read(source)
+            folding = await self._put_on_device(bound, policy)
             now = datetime.now(UTC)
             deployment = Deployment(
                 name=name,
                 source=source,
                 policy=policy,
                 bound=bound,
+                folding=folding,
                 match=match,
                 etag=uuid.uuid4().hex,
                 created=now,
@@ -126,14 +149,14 @@ class Deployments:
             policy = policy or old.policy
             bound, match = old.bound, old.match
             if source is not None:
-                bound, match = await self._stage(source, policy)
-            else:
-                await self._put_on_device(bound, policy)
+                bound, match = await self._read(source)
+            folding = await self._put_on_device(bound, policy)
             new = replace(
                 old,
                 source=old.source if source is None else source,
                 policy=policy,
                 bound=bound,
+                folding=folding,
                 match=match,
                 etag=uuid.uuid4().hex,
                 updated=datetime.now(UTC),
@@ -152,24 +175,21 @@ class Deployments:
             self._release(old)
         log.info("deployment deleted", name=name, adapter=old.digest)
 
-    async def _stage(self, source: Source, policy: PolicyKind) -> tuple[BoundAdapter, Match]:
-        """Reads, checks and binds an adapter, compares its stamp with the base, and puts it on the device."""
-        async with self._binding:
-            if isinstance(source, Recipe):
-                parts = [(await self._read(part.path), part.weight) for part in source.parts]
-                adapters = [(bound, weight) for (bound, _), weight in parts]
-                bound = await asyncio.to_thread(self._manager.compose, adapters, source.spec)
-                match = least_sure(match for (_, match), _ in parts)
-            else:
-                bound, match = await self._read(source)
-        bound = await self._with_routes(bound)
-        await self._put_on_device(bound, policy)
-        return bound, match
+    async def _read(self, source: Source) -> tuple[BoundAdapter, Match]:
+        """Reads, checks and binds an adapter, or each part of a composition, and compares stamps with the base."""
+        if not isinstance(source, Recipe):
+            return await self._read_folder(source)
+        parts = [await self._read_folder(part.path) for part in source.parts]
+        weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
+        bound = await asyncio.to_thread(self._manager.compose, weighted, source.spec)
+        return await self._with_routes(bound), least_sure(match for _, match in parts)
 
-    async def _read(self, path: str) -> tuple[BoundAdapter, Match]:
-        checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / path)
-        bound = await asyncio.to_thread(self._manager.bind, checkpoint)
-        return bound, await asyncio.to_thread(self._stamps.check, checkpoint)
+    async def _read_folder(self, path: str) -> tuple[BoundAdapter, Match]:
+        async with self._binding:
+            checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / path)
+            bound = await asyncio.to_thread(self._manager.bind, checkpoint)
+            match = await asyncio.to_thread(self._stamps.check, checkpoint)
+        return bound, match
 
     async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:
         """Module by module between steps of the engine, which would stand still for all of them."""
@@ -179,9 +199,35 @@ class Deployments:
             routes[module] = await asyncio.wrap_future(self._engine.call(work))
         return self._manager.with_routes(bound, routes)
 
-    async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> None:
-        possible(policy, bound)
+    async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> Folding:
+        """Measures what a fold keeps of the adapter if the policy folds it, and loads it.
+
+        Raises AdapterUnsupported or DeltaLost if the policy demands a mode that the adapter does not have.
+        """
+        if policy is PolicyKind.UNMERGED and bound.route_refusal is not None:
+            raise AdapterUnsupported(f"the adapter cannot run unmerged: {bound.route_refusal}; deploy it merged")
+        folding = Folding(refusal=bound.fold_refusal)
+        if policy is not PolicyKind.UNMERGED:
+            folding = await self._measured(bound)
+        if folding.refusal is not None and (policy is PolicyKind.MERGED or bound.route_refusal is not None):
+            self._manager.refuse_fold(bound)
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
+        return folding
+
+    async def _measured(self, bound: BoundAdapter) -> Folding:
+        """What a fold would keep; measured parameter by parameter, with steps of the engine between them."""
+        if bound.fold_refusal is not None:
+            return Folding(refusal=bound.fold_refusal)
+        parameters = self._manager.measure(bound)
+        while await asyncio.wrap_future(self._engine.call(lambda: next(parameters, None))) is not None:
+            pass
+        fidelity = self._manager.fidelity_of(bound)
+        try:
+            self._manager.refuse_fold(bound)
+        except DeltaLost as error:
+            log.warning("adapter stays unmerged", adapter=bound.digest, reason=str(error))
+            return Folding(fidelity=fidelity, refusal=str(error))
+        return Folding(fidelity=fidelity)
 
     def _release(self, deployment: Deployment) -> None:
         self._engine.call(lambda: self._engine.weights.release(deployment.digest))
@@ -200,18 +246,6 @@ class Deployments:
     def _check_etag(deployment: Deployment, etag: str) -> None:
         if etag and etag != deployment.etag:
             raise EtagMismatch(f"'{deployment.name}' was changed since you read it: get it again and decide anew")
-
-
-def possible(policy: PolicyKind, bound: BoundAdapter) -> PolicyKind:
-    """The policy, or for `auto` the only one of the others that the adapter can have. Raises AdapterUnsupported."""
-    fold, route = bound.fold_refusal, bound.route_refusal
-    if fold is not None and (policy is PolicyKind.MERGED or route is not None):
-        raise AdapterUnsupported(f"the adapter cannot be folded: {fold}; {route or 'deploy it unmerged'}")
-    if route is not None and policy is PolicyKind.UNMERGED:
-        raise AdapterUnsupported(f"the adapter cannot run unmerged: {route}; deploy it merged")
-    if fold is not None:
-        return PolicyKind.UNMERGED
-    return PolicyKind.MERGED if route is not None else policy
 
 
 def least_sure(matches: Iterable[Match]) -> Match:

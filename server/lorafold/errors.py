@@ -11,6 +11,7 @@ LorafoldError
 ├── QueueFull               too many requests wait
 ├── DeadlineExceeded        the request's own deadline passed before it was done
 ├── StepFailed              the model failed on the batch the request was in
+├── BaseReloading           the base was found damaged and is being loaded again
 └── EngineStopped           the engine takes no more requests
 
 Knows no gRPC: `services/status.py` maps these classes to status codes.
@@ -62,6 +63,10 @@ class DeadlineExceeded(LorafoldError):
 
 class StepFailed(LorafoldError):
     """The model failed on the batch the request was in."""
+
+
+class BaseReloading(LorafoldError):
+    """The base was found damaged while the request ran, and is being loaded again."""
 
 
 class EngineStopped(LorafoldError):

@@ -41,7 +41,9 @@ class WeightsServiceStub:
     UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_weights_pb2.UnmergeAdapterRequest, _weights_pb2.UnmergeAdapterResponse]
     """Gives the base weights back bit for bit and hands control to the policies again."""
     VerifyBase: _grpc.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]
-    """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+    """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+    differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+    """
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
@@ -56,7 +58,9 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_weights_pb2.UnmergeAdapterRequest, _weights_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
     """Gives the base weights back bit for bit and hands control to the policies again."""
     VerifyBase: _aio.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]  # type: ignore[assignment]
-    """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+    """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+    differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+    """
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at the weights and changes them by hand."""
@@ -92,6 +96,8 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.VerifyBaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.VerifyBaseResponse, _abc.Awaitable[_weights_pb2.VerifyBaseResponse]]:
-        """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+        """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+        differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+        """
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
