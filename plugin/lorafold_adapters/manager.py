@@ -250,7 +250,7 @@ class AdapterManager:
 
     def extra_bytes(self, bound: BoundAdapter) -> int:
         """Memory that folding an adapter takes where the base is quantised: copies of the weights it changes."""
-        return self._weights.extra_bytes(bound)
+        return 0 if bound.fold_refusal else self._weights.extra_bytes(bound)
 
     def fidelity(self, name: str) -> Fidelity:
         """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 from transformers import PreTrainedModel
 
-from lorafold.config import Config, fingerprint_folder, local_model_path
+from lorafold.config import Config, FoldConfig, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
 from lorafold.engine.kv_cache import SlotCache
 from lorafold.engine.loop import Engine
@@ -32,9 +32,10 @@ from lorafold.stamps import StampCheck
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.checkpoint import read_options
-from lorafold_adapters.errors import AdapterError
+from lorafold_adapters.errors import AdapterError, BaseMismatch
 from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
 from lorafold_adapters.policy import TurnTaking
+from lorafold_adapters.stand_ins import FoldOptions
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -147,7 +148,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
     model = base.model
     say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
     entry = cache_entry(fingerprint_folder(config), model, before, await asyncio.to_thread(model_files, path))
-    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry))
+    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config.fold))
     say(f"  base {manager.base.digest[:12]}")
     metrics = Metrics(CollectorRegistry())
     loop = asyncio.get_running_loop()
@@ -173,10 +174,17 @@ async def load_parts(config: Config, say: Say) -> Parts:
     )
 
 
-def attach(model: PreTrainedModel, entry: CacheEntry) -> AdapterManager:
-    """A manager of `model`, whose tensors are read only if their fingerprint is not remembered."""
-    known = entry.read()
-    manager = AdapterManager(model, fingerprint=known)
+def attach(model: PreTrainedModel, entry: CacheEntry, fold: FoldConfig | None = None) -> AdapterManager:
+    """A manager of `model`, whose tensors are read only if their fingerprint is not remembered.
+
+    Raises ConfigError if the base is to be folded into a 16-bit checkpoint that is not there.
+    """
+    known, fold = entry.read(), fold or FoldConfig()
+    options = FoldOptions(requantise=fold.requantise, provenance=fold.provenance)
+    try:
+        manager = AdapterManager(model, fingerprint=known, quantised=options)
+    except BaseMismatch as error:
+        raise ConfigError(f"fold.provenance is '{fold.provenance}': {error}") from error
     if known is None:
         entry.write(manager.base)
     return manager
@@ -214,6 +222,8 @@ async def deploy_all(parts: Parts, say: Say) -> None:
             f"deployed {made.name}: {made.policy.value}, {bound.checkpoint.kind}, adapter {made.digest[:12]}, "
             f"bound {len(bound.updates)} of {bound.targeted} modules, base: {made.match}"
         )
+        if extra := parts.manager.extra_bytes(bound):
+            say(f"  folding it takes {extra / 1e6:,.1f} MB beside the quantised base")
 
 
 def make_server(parts: Parts) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:

@@ -26,6 +26,8 @@ def check_address(value: str) -> str:
     return value
 
 
+Provenance = Literal["dequantised base", "16-bit checkpoint"]
+"""The same as the plugin's, which would bring torch in here."""
 Address = Annotated[str, AfterValidator(check_address)]
 
 
@@ -44,6 +46,8 @@ class BaseConfig(Section):
     """`auto`: the checkpoint's own."""
     device: str = "auto"
     """`auto`: the first GPU, or else the CPU."""
+    quantise: Literal["none", "nf4", "int8"] = "none"
+    """What bitsandbytes makes of the linear layers while they are loaded; a checkpoint that is quantised stays so."""
 
 
 class ServerConfig(Section):
@@ -79,6 +83,15 @@ class PolicyConfig(Section):
     """How long a folded adapter, or the shared batch, runs while others wait."""
 
 
+class FoldConfig(Section):
+    """`[fold]`: how adapters are folded into the weights."""
+
+    requantise: bool = False
+    """Quantised bases: quantise the folded weights again, instead of keeping 16-bit copies of those that change."""
+    provenance: Provenance = "dequantised base"
+    """Quantised bases: fold into what the quantised weights are worth, or into the 16-bit ones in `base.model`."""
+
+
 class IdentityConfig(Section):
     """`[identity]`: which base an adapter was trained on, as its stamp says."""
 
@@ -111,6 +124,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     policy: PolicyConfig = PolicyConfig()
+    fold: FoldConfig = FoldConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()
     deployments: list[DeploymentConfig] = []

@@ -26,6 +26,8 @@ class WeightsState:
     """Content digest; None: the weights are the base's."""
     pinned: bool
     reason: str
+    provenance: str
+    """What folds into a quantised base start from; empty if it is not quantised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,7 @@ class WeightsControl:
             folded=fold.folded,
             pinned=self._pinned is not None,
             reason=self._reason,
+            provenance=fold.provenance or "",
         )
 
     @property
@@ -125,6 +128,8 @@ class WeightsControl:
         """One more deployment points at this adapter; it is put on the device if it is not there yet."""
         if bound.digest not in self._manager.adapters:
             self._manager.load(bound.digest, bound)
+            if extra := self._manager.extra_bytes(bound):
+                log.info("folding this adapter takes memory beside the base", adapter=bound.digest, bytes=extra)
         self._wanted[bound.digest] += 1
 
     def release(self, adapter: str) -> None:

@@ -80,4 +80,5 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             pinned=state.pinned,
             reason=state.reason,
             base_fingerprint=self._base_fingerprint,
+            provenance=state.provenance,
         )

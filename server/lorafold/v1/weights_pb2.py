@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorafold/v1/weights.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"\x86\x01\n\tFoldState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65ployments\x18\x03 \x03(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\"\x15\n\x13GetFoldStateRequest\"B\n\x14GetFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\")\n\x13MergeAdapterRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x86\x01\n\x14MergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12,\n\tfold_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"\x17\n\x15UnmergeAdapterRequest\"u\n\x16UnmergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12/\n\x0crestore_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11VerifyBaseRequest\"m\n\x12VerifyBaseResponse\x12\x10\n\x08restored\x18\x01 \x01(\x08\x12\x17\n\x0ftensors_checked\x18\x02 \x01(\r\x12\x12\n\nmismatched\x18\x03 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t2\xe4\x02\n\x0eWeightsService\x12S\n\x0cGetFoldState\x12 .lorafold.v1.GetFoldStateRequest\x1a!.lorafold.v1.GetFoldStateResponse\x12S\n\x0cMergeAdapter\x12 .lorafold.v1.MergeAdapterRequest\x1a!.lorafold.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".lorafold.v1.UnmergeAdapterRequest\x1a#.lorafold.v1.UnmergeAdapterResponse\x12M\n\nVerifyBase\x12\x1e.lorafold.v1.VerifyBaseRequest\x1a\x1f.lorafold.v1.VerifyBaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorafold/v1/weights.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9a\x01\n\tFoldState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65ployments\x18\x03 \x03(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x12\n\nprovenance\x18\n \x01(\t\"\x15\n\x13GetFoldStateRequest\"B\n\x14GetFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\")\n\x13MergeAdapterRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x86\x01\n\x14MergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12,\n\tfold_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"\x17\n\x15UnmergeAdapterRequest\"u\n\x16UnmergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12/\n\x0crestore_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11VerifyBaseRequest\"m\n\x12VerifyBaseResponse\x12\x10\n\x08restored\x18\x01 \x01(\x08\x12\x17\n\x0ftensors_checked\x18\x02 \x01(\r\x12\x12\n\nmismatched\x18\x03 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t2\xe4\x02\n\x0eWeightsService\x12S\n\x0cGetFoldState\x12 .lorafold.v1.GetFoldStateRequest\x1a!.lorafold.v1.GetFoldStateResponse\x12S\n\x0cMergeAdapter\x12 .lorafold.v1.MergeAdapterRequest\x1a!.lorafold.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".lorafold.v1.UnmergeAdapterRequest\x1a#.lorafold.v1.UnmergeAdapterResponse\x12M\n\nVerifyBase\x12\x1e.lorafold.v1.VerifyBaseRequest\x1a\x1f.lorafold.v1.VerifyBaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafold.v1.weights_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FOLDSTATE']._serialized_start=75
-  _globals['_FOLDSTATE']._serialized_end=209
-  _globals['_GETFOLDSTATEREQUEST']._serialized_start=211
-  _globals['_GETFOLDSTATEREQUEST']._serialized_end=232
-  _globals['_GETFOLDSTATERESPONSE']._serialized_start=234
-  _globals['_GETFOLDSTATERESPONSE']._serialized_end=300
-  _globals['_MERGEADAPTERREQUEST']._serialized_start=302
-  _globals['_MERGEADAPTERREQUEST']._serialized_end=343
-  _globals['_MERGEADAPTERRESPONSE']._serialized_start=346
-  _globals['_MERGEADAPTERRESPONSE']._serialized_end=480
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=482
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=505
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=507
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=624
-  _globals['_VERIFYBASEREQUEST']._serialized_start=626
-  _globals['_VERIFYBASEREQUEST']._serialized_end=645
-  _globals['_VERIFYBASERESPONSE']._serialized_start=647
-  _globals['_VERIFYBASERESPONSE']._serialized_end=756
-  _globals['_WEIGHTSSERVICE']._serialized_start=759
-  _globals['_WEIGHTSSERVICE']._serialized_end=1115
+  _globals['_FOLDSTATE']._serialized_end=229
+  _globals['_GETFOLDSTATEREQUEST']._serialized_start=231
+  _globals['_GETFOLDSTATEREQUEST']._serialized_end=252
+  _globals['_GETFOLDSTATERESPONSE']._serialized_start=254
+  _globals['_GETFOLDSTATERESPONSE']._serialized_end=320
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=322
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=363
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=366
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=500
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=502
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=525
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=527
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=644
+  _globals['_VERIFYBASEREQUEST']._serialized_start=646
+  _globals['_VERIFYBASEREQUEST']._serialized_end=665
+  _globals['_VERIFYBASERESPONSE']._serialized_start=667
+  _globals['_VERIFYBASERESPONSE']._serialized_end=776
+  _globals['_WEIGHTSSERVICE']._serialized_start=779
+  _globals['_WEIGHTSSERVICE']._serialized_end=1135
 # @@protoc_insertion_point(module_scope)
