@@ -7,9 +7,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from peft import PeftModel
+from structlog.testing import capture_logs
 
 from lorafold.app import attach
-from lorafold.config import BaseConfig, FoldConfig
+from lorafold.config import BaseConfig
 from lorafold.errors import ConfigError, ModelUnsupported
 from lorafold.model import LoadedBase, load_base
 from lorafold.v1 import weights_pb2
@@ -48,7 +49,8 @@ def test_both_modes_answer_as_peft_does(kind: Kind) -> None:
         deployments=[{"name": name, "adapter": str(DEMO / TASK), "policy": mode} for name, mode in names.items()],
     )
     expected = greedy(loaded(kind), DEMO / TASK, "Hello", 8)
-    with serving(config) as own:
+    with capture_logs() as logs, serving(config) as own:
+        assert any("was trained on this base before it was quantised" in line["event"] for line in logs)
         for name, mode in names.items():
             answer = own.client.generate("Hello", deployment=name, max_tokens=8)
             assert (answer.text, answer.mode) == (expected, mode)
@@ -91,7 +93,7 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ModelUnsupported, match="quantised already"):
         load_base(BaseConfig(model=str(tmp_path), device="cpu", quantise="int8"), str(tmp_path))
     with pytest.raises(ConfigError, match=r"fold\.provenance"):
-        attach(again.model, entry, FoldConfig(provenance="16-bit checkpoint"))
+        attach(again.model, entry, demo_config(fold={"provenance": "16-bit checkpoint"}))
 
 
 def test_without_bitsandbytes_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
 from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
-from lorafold.model import LoadedBase, load_base
+from lorafold.model import LoadedBase, load_base, load_weights
 from lorafold.services.deployment import DeploymentService
 from lorafold.services.generation import GenerationService
 from lorafold.services.prompts import RequestBuilder
@@ -34,6 +34,7 @@ from lorafold_adapters import AdapterManager
 from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError, BaseMismatch
 from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
+from lorafold_adapters.identity import fingerprint, quantised_from
 from lorafold_adapters.policy import TurnTaking
 from lorafold_adapters.stand_ins import FoldOptions
 
@@ -148,7 +149,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
     model = base.model
     say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
     entry = cache_entry(fingerprint_folder(config), model, before, await asyncio.to_thread(model_files, path))
-    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config.fold))
+    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config, path))
     say(f"  base {manager.base.digest[:12]}")
     metrics = Metrics(CollectorRegistry())
     loop = asyncio.get_running_loop()
@@ -174,18 +175,22 @@ async def load_parts(config: Config, say: Say) -> Parts:
     )
 
 
-def attach(model: PreTrainedModel, entry: CacheEntry, fold: FoldConfig | None = None) -> AdapterManager:
+def attach(model: PreTrainedModel, entry: CacheEntry, config: Config | None = None, path: str = "") -> AdapterManager:
     """A manager of `model`, whose tensors are read only if their fingerprint is not remembered.
 
-    Raises ConfigError if the base is to be folded into a 16-bit checkpoint that is not there.
+    What was quantised while it was loaded is then loaded once more as it is in `path`, for its fingerprint. Raises
+    ConfigError if the base is to be folded into a 16-bit checkpoint that is not there.
     """
-    known, fold = entry.read(), fold or FoldConfig()
+    known, fold = entry.read(), FoldConfig() if config is None else config.fold
+    remembered = known is not None
+    if not remembered and config is not None and config.base.quantise != "none":
+        known = quantised_from(fingerprint(model), fingerprint(load_weights(path, config.base.dtype)))
     options = FoldOptions(requantise=fold.requantise, provenance=fold.provenance)
     try:
         manager = AdapterManager(model, fingerprint=known, quantised=options)
     except BaseMismatch as error:
         raise ConfigError(f"fold.provenance is '{fold.provenance}': {error}") from error
-    if known is None:
+    if not remembered:
         entry.write(manager.base)
     return manager
 
