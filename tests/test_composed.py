@@ -62,7 +62,7 @@ def true_deltas(folder: Path) -> dict[str, Tensor]:
     manager = AdapterManager(model)
     (bound,) = [manager.bind(folder)]
     result = {}
-    for name, change, base in manager._weights.planned(bound):
+    for name, change, base, _ in manager._weights.planned(bound):
         folded = torch.empty_like(base)
         change.forward(base, slice(0, base.shape[0]), folded)
         result[name] = (folded - before[name]).float()

@@ -16,6 +16,7 @@ from lorafold_adapters.delta import AddProduct
 from lorafold_adapters.errors import DeltaLost
 from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
 from lorafold_adapters.stamp import STAMP_FILE
+from lorafold_adapters.undo import Rounding
 from tests.conftest import DEMO, demo_config, serving
 from tests.models import KINDS, assert_same_weights, save_adapter, tiny_llama, weights_of
 from tests.test_deployments_socket import create
@@ -33,14 +34,14 @@ def spread(rms: float, dtype: torch.dtype) -> tuple[Tensor, AddProduct]:
 
 def measured(rms: float, dtype: torch.dtype) -> ParameterFidelity:
     weight, change = spread(rms, dtype)
-    return measure("w", change, weight)
+    return measure("w", change, weight, Rounding(function=lambda exact: exact.to(dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rms", [0.003, 0.03, 0.3])
 def test_every_number_equals_its_definition(rms: float, dtype: torch.dtype) -> None:
     weight, change = spread(rms, dtype)
-    found = Fidelity(parameters=(measure("w", change, weight),))
+    found = Fidelity(parameters=(measured(rms, dtype),))
     delta = change.scaling * change.left_NR.double() @ change.right_RM.double()
     folded = (weight.double() + delta).to(dtype)
     lost = folded.double() - weight.double() - delta

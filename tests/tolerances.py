@@ -12,3 +12,12 @@ WEIGHTS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 # An adapter that has no effect would pass any comparison: it must move the logits by at least this share.
 EFFECT = 1e-2
+
+# The same for quantised bases. NF4 is dequantised alike by everybody. int8 rounds the inputs of every layer to 8 bits,
+# so a difference in the last place can move one of them by 2**-7 of the largest.
+QUANTISED = {
+    "dense": LOGITS,
+    "nf4": LOGITS,
+    "nf4-double": LOGITS,
+    "int8": {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1},
+}

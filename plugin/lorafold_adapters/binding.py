@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafold_adapters.checkpoint import Checkpoint
 from lorafold_adapters.errors import AdapterCorrupt, AdapterUnsupported, BaseMismatch
+from lorafold_adapters.quantised import is_served_unmerged, other_kind
 from lorafold_adapters.skeleton import ADAPTER, REMEDY, resolve
 from lorafold_adapters.updates import LowRank, NewRows, Replaced, Route, ThroughPeft, Update
 
@@ -96,7 +97,7 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> Bou
         updates=updates,
         targeted=len(targeted_modules(checkpoint, checkpoint.tensors)),
         bound=len(targeted_modules(checkpoint, placed_tensors(checkpoint, updates))),
-        fold_refusal=fold_refusal(updates, parameters),
+        fold_refusal=quantised_refusal(updates, modules) or fold_refusal(updates, parameters),
         route_refusal=f"{methods[0]} has no low-rank form that could run beside the weights" if methods else None,
     )
 
@@ -188,13 +189,29 @@ def with_biases(
 
 def refuse_unserved_module(name: str, update: Update, module: nn.Module) -> None:
     """Raises AdapterUnsupported for modules other than the ones both paths can serve."""
-    if isinstance(update, LowRank) and not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+    if (kind := other_kind(module)) is not None:
+        refuse_other_quantisation(name, update, module, kind)
+    elif isinstance(update, LowRank) and not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         raise AdapterUnsupported(
             f"the adapter changes '{name}', a {type(module).__name__}, with LoRA: "
             "only linear layers and embeddings are served"
         )
     if isinstance(update, Replaced) and any(True for _ in module.children()):
         raise AdapterUnsupported(f"the adapter replaces '{name}', which has modules of its own: save those one by one")
+
+
+def refuse_other_quantisation(name: str, update: Update, module: nn.Module, kind: str) -> None:
+    """Raises AdapterUnsupported for what cannot run beside a weight whose values are unknown here."""
+    if not is_served_unmerged(module):
+        raise AdapterUnsupported(
+            f"the adapter changes '{name}', which is quantised as {kind}: PEFT has no layer for it"
+        )
+    if not isinstance(update, LowRank) or update.magnitude_O is not None:
+        what = "with DoRA" if isinstance(update, LowRank) else "by other means than LoRA"
+        raise AdapterUnsupported(
+            f"the adapter changes '{name}' {what}, which needs the weight, and that is quantised as {kind}: "
+            "serve it on a bitsandbytes or 16-bit base"
+        )
 
 
 def refuse_leftovers(
@@ -240,6 +257,14 @@ def targeted_modules(checkpoint: Checkpoint, tensor_names: Iterable[str]) -> set
 def base_name(tensor_name: str) -> str:
     """The base's name of a tensor that PEFT saved out of the base itself."""
     return tensor_name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def quantised_refusal(updates: Mapping[str, Update], modules: Mapping[str, nn.Module]) -> str | None:
+    """Why weights that are quantised otherwise than by bitsandbytes cannot be folded into; None if there are none."""
+    kinds = {name: kind for name in updates if (kind := other_kind(modules[name])) is not None}
+    for name, kind in kinds.items():
+        return f"'{name}' is quantised as {kind}; only the NF4, FP4 and int8 of bitsandbytes can be folded into"
+    return None
 
 
 def fold_refusal(updates: Mapping[str, Update], parameters: Mapping[str, Tensor]) -> str | None:

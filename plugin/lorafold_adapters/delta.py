@@ -40,10 +40,10 @@ class Change(Protocol):
         ...
 
 
-def chunks(parameter: Tensor, change: Change) -> Iterator[slice]:
-    """The slices of rows in which a change is carried out."""
+def chunks(parameter: Tensor, change: Change, *, whole: bool = False) -> Iterator[slice]:
+    """The slices of rows in which a change is carried out; `whole`: one, whatever the change allows."""
     rows = parameter.shape[0]
-    step = rows if change.whole else max(1, CHUNK_ELEMENTS * rows // max(1, parameter.numel()))
+    step = rows if change.whole or whole else max(1, CHUNK_ELEMENTS * rows // max(1, parameter.numel()))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

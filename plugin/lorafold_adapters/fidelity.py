@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafold_adapters.delta import Change, chunks
+from lorafold_adapters.undo import Rounding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class ParameterFidelity:
     delta_squares: float
     """Of what the adapter adds, exactly."""
     error_squares: float
-    """Of what arrived less what was meant."""
+    """Of what arrived, which is the folded values less the base's as they would be stored, less what was meant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,14 +65,14 @@ def root_of_ratio(over: float, under: float) -> float:
 
 
 @torch.no_grad()
-def measure(name: str, change: Change, base: Tensor) -> ParameterFidelity:
-    """Carries `change` out on a copy of `base`, in its dtype and exactly, and compares; changes nothing.
+def measure(name: str, change: Change, base: Tensor, rounding: Rounding) -> ParameterFidelity:
+    """Carries `change` out on a copy of `base`, rounded and exactly, and compares; changes nothing.
 
     Exactly means in fp32 for 16-bit weights, in fp64 for others.
     """
     exact_dtype = torch.float32 if base.element_size() == 2 else torch.float64
     sums = torch.zeros(4, dtype=torch.float64, device=base.device)
-    for rows in chunks(base, change):
+    for rows in chunks(base, change, whole=rounding.whole):
         before = base[rows]
         exact = torch.empty(before.shape, dtype=exact_dtype, device=base.device)
         change.forward(before, rows, exact)
@@ -79,14 +80,15 @@ def measure(name: str, change: Change, base: Tensor) -> ParameterFidelity:
         if exact_dtype == torch.float64:
             folded = torch.empty(before.shape, dtype=torch.float32, device=base.device)
             change.forward(before, rows, folded)
-        folded = folded.to(base.dtype)
+        folded = rounding.function(folded)
+        unfolded = before if folded.dtype == base.dtype and not rounding.whole else rounding.function(before)
         delta = exact - before
         sums += torch.stack(
             [
-                (folded == before).sum().double(),
+                (folded == unfolded).sum().double(),
                 squares(before),
                 squares(delta),
-                squares(folded.to(exact_dtype) - exact),
+                squares(folded.to(exact_dtype) - unfolded - delta),
             ]
         )
     unchanged, weight_squares, delta_squares, error_squares = sums.tolist()

@@ -8,6 +8,8 @@ what is in memory may be neither, and is not remembered.
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +66,21 @@ def cache_entry(
         "transformers": transformers.__version__,
         "class": type(model).__qualname__,
         "dtype": str(model.dtype),
+        "quantisation": quantisation_of(model),
         "files": after,
     }
     key = json.dumps(parts, sort_keys=True)
     name = hashlib.sha256(key.encode()).hexdigest()
     return CacheEntry(file=folder / f"{name}.json" if after and before == after else None, key=key)
+
+
+def quantisation_of(model: PreTrainedModel) -> str | None:
+    """How the weights were quantised, and by which bitsandbytes; None if they were not."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    return f"{config} {importlib.metadata.version('bitsandbytes') if installed else ''} {model.device.type}"
 
 
 def model_files(model: str) -> list[FileIdentity]:

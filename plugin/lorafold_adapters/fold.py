@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.delta import Change
-from lorafold_adapters.errors import BaseCorrupt, FoldFailed
-from lorafold_adapters.undo import Undo
+from lorafold_adapters.errors import BaseCorrupt, DeviceFull, FoldFailed
+from lorafold_adapters.undo import Rounding, Undo
 
 
 class State(Enum):
@@ -65,10 +65,24 @@ class Weights:
         """The first of the names that a parameter has."""
         return self._first[name]
 
-    def planned(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change, Tensor]]:
-        """Each parameter that a fold would change, how, and its values in the base."""
+    def planned(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change, Tensor, Rounding]]:
+        """Each parameter that a fold would change, how, its values in the base, and what writing does to values."""
         for name, change in self._changes(adapter):
-            yield name, change, self._undo.pristine(name)
+            yield name, change, self._undo.pristine(name), self._undo.rounding(name)
+
+    def extra_bytes(self, adapter: BoundAdapter) -> int:
+        """Memory that the weights take while `adapter` is folded, beside the base and what the undo keeps."""
+        return sum(self._undo.extra_bytes(name) for name, _ in self._changes(adapter))
+
+    def reserve(self, adapter: BoundAdapter) -> None:
+        """Takes that memory. Raises DeviceFull; nothing is changed then."""
+        try:
+            self._undo.reserve([name for name, _ in self._changes(adapter)])
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(
+                f"the device's memory does not hold the {self.extra_bytes(adapter) / 1e6:,.1f} MB that folding adapter "
+                f"{adapter.digest[:12]} takes beside a quantised base: serve it unmerged, or with requantise = true"
+            ) from error
 
     def keep_checksums(self, known: Mapping[str, str]) -> None:
         """The checksums that every restore is compared with; those not `known` are taken now, from the base."""
@@ -85,16 +99,18 @@ class Weights:
         before = set(self._changed)
         self._state = State.DIRTY
         try:
-            extents = {name: self._write(name, change) for name, change in self._changes(adapter)}
-            refuse_unbounded({name: (self._live[name].dtype, values) for name, values in extents.items()})
+            self._changed.update(name for name, _ in self._changes(adapter))  # What was reserved is given back as well.
+            extents = {name: self._undo.write(name, change) for name, change in self._changes(adapter)}
+            refuse_unbounded({name: (self._undo.target(name).dtype, values) for name, values in extents.items()})
             self._give_back(before - extents.keys())
+            written = sum(self._undo.target(name).nbytes for name in extents)
         except BaseException as error:
             self.restore()
             if not isinstance(error, Exception):
                 raise
             raise FoldFailed(f"folding adapter {adapter.digest[:12]} failed, the base was restored: {error}") from error
         self._state = State.FOLDED
-        return sum(self._live[name].nbytes for name in extents)
+        return written
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -123,10 +139,6 @@ class Weights:
                 if name not in done:
                     done.add(name)
                     yield name, change
-
-    def _write(self, name: str, change: Change) -> list[Tensor]:
-        self._changed.add(name)
-        return self._undo.write(name, change)
 
     def _give_back(self, names: set[str]) -> None:
         try:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import xxhash
@@ -34,7 +34,10 @@ class Fingerprint:
     tensors: Mapping[str, str]
     """Digest of each tensor by its name in the model."""
     casts: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the same content with all weights cast to one dtype, by dtype, as far as they are known."""
+    """Digests of the same content with all weights cast to one dtype, by dtype, as far as they are known.
+
+    Of a base that was quantised when it was loaded: of the checkpoint, before that.
+    """
 
     def mismatches(self, model: nn.Module) -> list[str]:
         """Names of the tensors of `model` that differ from the ones fingerprinted; reads all of them."""
@@ -55,6 +58,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return Fingerprint(
         digest=digest, dtype=dtype, tensors=tensors, casts={dtype: digest} if castable == {dtype} else {}
     )
+
+
+def quantised_from(base: Fingerprint, checkpoint: Fingerprint) -> Fingerprint:
+    """The fingerprint of a quantised base that knows what it was quantised from, so that stamps can be compared."""
+    return replace(base, dtype=checkpoint.dtype, casts=checkpoint.casts)
 
 
 def cast_digest(model: nn.Module, dtype: str, parameter: Callable[[str], Tensor] | None = None) -> str:

@@ -35,9 +35,11 @@ from lorafold_adapters.fold import State, Weights
 from lorafold_adapters.identity import Fingerprint, cast_digest, tensor_digest
 from lorafold_adapters.identity import fingerprint as fingerprint_of
 from lorafold_adapters.paths import AdapterPath, path_of
+from lorafold_adapters.quantised import dequantised, keep_as_loaded, quantised_modules, take_over
 from lorafold_adapters.routes import route_of, unrouted, with_routes
+from lorafold_adapters.stand_ins import ByStorage, FoldOptions, Provenance, StandIns
 from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
-from lorafold_adapters.undo import UndoKind, make_undo
+from lorafold_adapters.undo import Undo, UndoKind, make_undo
 from lorafold_adapters.updates import Pristine, Route
 
 MAX_DELTA_ERROR = 0.25
@@ -56,7 +58,9 @@ class FoldState:
     dirty: bool
     """True if a change was interrupted or the base could not be given back: nothing may run on the weights."""
     undo_bytes: int
-    """Memory that is held to give the base back."""
+    """Memory that is held to give the base back, dense copies of quantised weights included."""
+    provenance: Provenance | None
+    """What a fold into a quantised base starts from; None where no weight is quantised."""
 
 
 class AdapterManager:
@@ -78,19 +82,22 @@ class AdapterManager:
         source: str | Path | None = None,
         fingerprint: Fingerprint | None = None,
         max_delta_error: float = MAX_DELTA_ERROR,
+        quantised: FoldOptions | None = None,
     ) -> None:
         """Takes the model as it is now for the base.
 
+        `quantised`: how to fold where the base is quantised.
         `undo`: how the base is kept; see `undo.make_undo`. `source`: the folder of the base's safetensors files, which
         is the one that the model was loaded from unless given. `fingerprint`: of the base, if it is known already.
         """
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._head = model.get_output_embeddings()
+        keep_as_loaded(model)
+        self._quantised = quantised_modules(model)
+        self._fold_options = quantised or FoldOptions()
         folder = Path(source or model.name_or_path or "/dev/null")
-        self._weights = Weights(
-            model, lambda live: make_undo(undo, live, folder if folder.is_dir() else None), checksum
-        )
+        self._weights = Weights(model, partial(self._make_undo, undo, folder if folder.is_dir() else None), checksum)
         self._cell = RoutingCell()
         self._adapters: dict[str, BoundAdapter] = {}
         self._folded: str | None = None
@@ -108,7 +115,7 @@ class AdapterManager:
 
     def base_as(self, dtype: str) -> str:
         """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight."""
-        return cast_digest(self._model, dtype, self._weights.pristine)
+        return cast_digest(self._model, dtype, self._stored)
 
     @property
     def fold_state(self) -> FoldState:
@@ -118,6 +125,7 @@ class AdapterManager:
             generation=self._generation,
             dirty=self._weights.state is State.DIRTY,
             undo_bytes=self._weights.undo_bytes,
+            provenance=self._fold_options.provenance if self._quantised else None,
         )
 
     @property
@@ -194,7 +202,8 @@ class AdapterManager:
         """Folds adapter `name` into the weights, in place of the one that is folded now; returns the bytes written.
 
         Raises AdapterNotLoaded, AdapterUnsupported if this adapter cannot be folded, DeltaLost if too little of it
-        would survive, FoldFailed (the base was given back bit for bit) or BaseCorrupt (it could not be).
+        would survive, DeviceFull if a copy of quantised weights finds no memory (nothing is changed by these four),
+        FoldFailed (the base was given back bit for bit) or BaseCorrupt (it could not be).
         """
         bound = self._known(name)
         self._refuse_while_routed()
@@ -202,6 +211,7 @@ class AdapterManager:
         if name == self._folded:
             return 0
         self.refuse_fold(bound)
+        self._weights.reserve(bound)
         self._folded, self._generation = None, self._generation + 1
         written = self._weights.fold(bound)
         self._folded = name
@@ -263,7 +273,12 @@ class AdapterManager:
         """
         self._refuse_while_routed()
         self._folded, self._generation = None, self._generation + 1
+        take_over(self._model, fresh)
         self._weights.reload(dict(fresh.named_parameters(remove_duplicate=False)))
+
+    def extra_bytes(self, bound: BoundAdapter) -> int:
+        """Memory that folding an adapter takes where the base is quantised: copies of the weights it changes."""
+        return 0 if bound.fold_refusal else self._weights.extra_bytes(bound)
 
     def fidelity(self, name: str) -> Fidelity:
         """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""
@@ -279,8 +294,8 @@ class AdapterManager:
         """The same, parameter by parameter, for whoever has other work to do between two of them."""
         if bound.digest not in self._fidelity:
             measured = []
-            for name, change, base in self._weights.planned(bound):
-                measured.append(measure(name, change, base))
+            for name, change, base, rounding in self._weights.planned(bound):
+                measured.append(measure(name, change, base, rounding))
                 yield measured[-1]
             self._fidelity[bound.digest] = Fidelity(parameters=tuple(measured))
 
@@ -298,7 +313,7 @@ class AdapterManager:
         if not lost <= self._max_delta_error:
             raise DeltaLost(
                 f"folding would change the adapter's delta by {lost:.2f} of its size, more than max_delta_error "
-                f"({self._max_delta_error:g}) allows, as {self._model.dtype} weights are too coarse for it: "
+                f"({self._max_delta_error:g}) allows, as {self._coarse()} are too coarse for it: "
                 "serve it unmerged, or the base in a finer dtype"
             )
 
@@ -311,10 +326,29 @@ class AdapterManager:
     def _path(self, bound: BoundAdapter, module_name: str) -> AdapterPath:
         route = bound.routes.get(module_name)
         update = bound.updates[module_name] if route is None else route.update
-        return path_of(update, self._modules[module_name], self._pristine_of(module_name))
+        return path_of(update, self._modules[module_name], self._pristine_of(module_name), self._model.dtype)
 
     def _pristine_of(self, module_name: str) -> Pristine:
-        return lambda key: self._weights.pristine(f"{module_name}.{key}")
+        return lambda key: self._computed_with(f"{module_name}.{key}")
+
+    def _make_undo(self, kind: UndoKind, folder: Path | None, live: Mapping[str, Tensor]) -> Undo:
+        others = make_undo(kind, live, folder)
+        if not self._quantised:
+            return others
+        stand_ins = StandIns(self._quantised, self._model.dtype, self._fold_options, folder)
+        return ByStorage(stand_ins, self._quantised, others)
+
+    def _computed_with(self, name: str) -> Tensor:
+        """The values of a parameter that the base computes with while nothing is folded."""
+        return dequantised(self._quantised[name]) if name in self._quantised else self._weights.pristine(name)
+
+    def _stored(self, name: str) -> Tensor:
+        """A parameter as a checkpoint of the base would hold it."""
+        return self._weights.live(name) if name in self._quantised else self._weights.pristine(name)
+
+    def _coarse(self) -> str:
+        requantised = self._quantised and self._fold_options.requantise
+        return "requantised weights" if requantised else f"{self._model.dtype} weights"
 
     def _known(self, name: str) -> BoundAdapter:
         if name not in self._adapters:

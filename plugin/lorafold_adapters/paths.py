@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold_adapters.composed import Composed
+from lorafold_adapters.quantised import like_activations
 from lorafold_adapters.updates import LowRank, NewRows, Pristine, Replaced, Update
 
 
@@ -113,32 +114,33 @@ class SummedPath:
         return summed_TO.to(outputs_TO)
 
 
-def path_of(update: Update, module: nn.Module, pristine: Pristine) -> AdapterPath:
-    """The two-path form of an update, on the module's device and in its dtype.
+def path_of(update: Update, module: nn.Module, pristine: Pristine, activations: torch.dtype) -> AdapterPath:
+    """The two-path form of an update, on the module's device and in its dtype, or that of `activations` if quantised.
 
     `pristine` gives the module's parameters as they are in the base, whatever is folded now.
     """
     if isinstance(update, LowRank):
-        return low_rank_path(update, module, pristine)
+        return low_rank_path(update, module, pristine, like_activations(module, activations))
     if isinstance(update, NewRows):
         return new_rows_path(update, module)
     if isinstance(update, Composed):
-        return SummedPath(parts=tuple((part.weight, path_of(part.update, module, pristine)) for part in update.parts))
+        return SummedPath(
+            parts=tuple((part.weight, path_of(part.update, module, pristine, activations)) for part in update.parts)
+        )
     assert isinstance(update, Replaced)
     return ReplacedPath(module=replica(module, update))
 
 
-def low_rank_path(update: LowRank, module: nn.Module, pristine: Pristine) -> AdapterPath:
-    """Scales B once, in fp32, so that a forward pass does not have to."""
-    weight = like_weight(module)
+def low_rank_path(update: LowRank, module: nn.Module, pristine: Pristine, weight: Tensor) -> AdapterPath:
+    """Scales B once, in fp32, so that a forward pass does not have to; `weight` says in which dtype and where."""
     product = update.product
     gain_O = None if update.magnitude_O is None else product.gain(pristine("weight")).to(weight)
     scaled_b_OR = update.b_OR.float() * update.scaling
     if isinstance(module, nn.Embedding):
         b_OR = (scaled_b_OR * embed_scale(module)).to(weight)
         return EmbeddingPath(a_VR=update.a_RI.T.contiguous().to(weight), scaled_b_OR=b_OR, gain_O=gain_O)
-    has_bias = module.bias is not None
-    base_bias_O = pristine("bias").clone() if has_bias and gain_O is not None else None
+    has_bias = getattr(module, "bias", None) is not None
+    base_bias_O = pristine("bias").to(weight, copy=True) if has_bias and gain_O is not None else None
     added_O = None if update.bias_O is None else update.bias_O.float() * update.scaling
     if update.new_bias_O is not None:
         added_O = update.new_bias_O.float() - pristine("bias").float()
@@ -176,7 +178,7 @@ def embed_scale(module: nn.Module) -> float:
 def replica(module: nn.Module, update: Replaced) -> nn.Module:
     """A copy of `module` that has the adapter's parameters and shares everything else."""
     own = copy.copy(module)
-    for attribute in [name for name in own.__dict__ if name.startswith("_lorafold")]:
+    for attribute in [name for name in own.__dict__ if name.startswith("_lorafold") or name == "forward"]:
         del own.__dict__[attribute]
     own.__class__ = getattr(type(module), "lorafold_base", type(module))
     own._parameters = dict(module._parameters)

@@ -117,6 +117,8 @@ def compare(stamp: Stamp | None, base: Fingerprint, cast: Callable[[str], str], 
     if any(stamp.casts[dtype] == (base.casts.get(dtype) or cast(dtype)) for dtype in decisive(stamp, base)):
         sentence = f"was trained on this base as {stamp.dtype}, and this server holds it as {base.dtype}"
         remedy = f"answers may differ slightly; load the base as {stamp.dtype} to avoid it"
+        if stamp.dtype == base.dtype:
+            sentence, remedy = "was trained on this base before it was quantised", "answers may differ slightly"
         return Finding(match=Match.OTHER_DTYPE, sentence=f"adapter '{adapter}' {sentence}: {remedy}")
     trained = f"{stamp.base[:12]}… ({stamp.name})" if stamp.name else f"{stamp.base[:12]}…"
     remedy = "retrain it or start the server with that base"

@@ -4,7 +4,7 @@ Either carries out a change in place, chunk by chunk. An exception between any t
 the parameter. Knows single parameters only; which ones an adapter changes is `fold.py`'s business.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -19,8 +19,21 @@ from lorafold_adapters.delta import Change, chunks
 UndoKind = Literal["auto", "checkpoint", "host", "device", "sparse"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounding:
+    """What becomes of folded values when they are stored."""
+
+    function: Callable[[Tensor], Tensor]
+    whole: bool = False
+    """True if it must be given the whole parameter, not chunks of rows."""
+
+
 class Undo(Protocol):
     """Changes parameters, and gives them back."""
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Takes the memory that writing these parameters needs; raises torch.OutOfMemoryError, taking none."""
+        ...
 
     def write(self, name: str, change: Change) -> list[Tensor]:
         """Makes parameter `name` the base with `change` in it, whatever it was; returns the extents of the values.
@@ -35,6 +48,18 @@ class Undo(Protocol):
 
     def pristine(self, name: str) -> Tensor:
         """The base's values, on the parameter's device; not to be written to."""
+        ...
+
+    def target(self, name: str) -> Tensor:
+        """A tensor of the shape and dtype that folded values are written in; maybe without values."""
+        ...
+
+    def rounding(self, name: str) -> Rounding:
+        """What writing does to values."""
+        ...
+
+    def extra_bytes(self, name: str) -> int:
+        """Memory that the parameter takes while it is folded, beside its own and what the undo keeps."""
         ...
 
     def rebase(self) -> None:
@@ -85,7 +110,29 @@ def extent(values: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(values))
 
 
-class Copies:
+class InPlace:
+    """What both ways have in common: values are written where the parameters lie."""
+
+    _live: Mapping[str, Tensor]
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """See `Undo`."""
+
+    def target(self, name: str) -> Tensor:
+        """See `Undo`."""
+        return self._live[name]
+
+    def rounding(self, name: str) -> Rounding:
+        """See `Undo`."""
+        dtype = self._live[name].dtype
+        return Rounding(function=lambda exact: exact.to(dtype))
+
+    def extra_bytes(self, name: str) -> int:
+        """See `Undo`."""
+        return 0
+
+
+class Copies(InPlace):
     """Keeps each parameter as it was before its first change; later folds start from there."""
 
     def __init__(self, live: Mapping[str, Tensor], copy: Callable[[str], Tensor]) -> None:
@@ -185,7 +232,7 @@ class Record:
         return sum(tensor.nbytes for tensor in (self.values, self.index, self.memo) if tensor is not None)
 
 
-class Records:
+class Records(InPlace):
     """Keeps, chunk by chunk, the elements that subtracting the change again would not give back (facts: 0.5-16 %)."""
 
     def __init__(self, live: Mapping[str, Tensor]) -> None:

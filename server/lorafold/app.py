@@ -118,6 +118,8 @@ async def deploy_all(parts: Parts, say: Say) -> None:
             f"deployed {made.name}: {made.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
             f"bound {bound.bound} of {bound.targeted} modules, base: {made.match}"
         )
+        if extra := parts.manager.extra_bytes(bound):
+            say(f"  folding it takes {extra / 1e6:,.1f} MB beside the quantised base")
 
 
 def make_server(parts: Parts) -> grpc.aio.Server:

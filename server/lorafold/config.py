@@ -31,6 +31,8 @@ def check_address(value: str) -> str:
     return value
 
 
+Provenance = Literal["dequantised base", "16-bit checkpoint"]
+"""The same as the plugin's, which would bring torch in here."""
 Address = Annotated[str, AfterValidator(check_address)]
 
 
@@ -49,6 +51,8 @@ class BaseConfig(Section):
     """`auto`: the checkpoint's own."""
     device: str = "auto"
     """`auto`: the first GPU, or else the CPU."""
+    quantise: Literal["none", "nf4", "int8"] = "none"
+    """What bitsandbytes makes of the linear layers while they are loaded; a checkpoint that is quantised stays so."""
 
 
 class ServerConfig(Section):
@@ -86,6 +90,10 @@ class FoldConfig(Section):
     """
     max_delta_error: Annotated[float, Field(gt=0)] = MAX_DELTA_ERROR
     """Adapters of whose delta a fold would lose more than this share, by norm, are not folded."""
+    requantise: bool = False
+    """Quantised bases: quantise the folded weights again, instead of keeping 16-bit copies of those that change."""
+    provenance: Provenance = "dequantised base"
+    """Quantised bases: fold into what the quantised weights are worth, or into the 16-bit ones in `base.model`."""
 
 
 class PolicyConfig(Section):

@@ -1,5 +1,6 @@
 """Loads the base model and its tokenizer, and makes sure that our attention computes what the model means."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,18 +9,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lorafold.config import BaseConfig
 from lorafold.engine import attention
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import SlotCache, plan_step
 from lorafold.errors import ModelUnsupported
+from lorafold_adapters.quantised import keep_as_loaded, quantised_modules
 
 PROBE_TOKENS = 24
 # Largest difference of logits between two attention implementations, over the largest logit: some units in the last
 # place of the dtype, grown by the depth of the network.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+QUANTISED_TOLERANCE = 1e-1  # int8 rounds inputs too, so that a difference in the last place can become one in 127.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -56,11 +66,52 @@ def load_base(config: BaseConfig, path: str) -> LoadedBase:
     refuse_no_model(path)
     device = pick_device(config.device)
     with translated(path):
-        model = load_weights(path, config.dtype)
+        model = load_model(config, path)
+        if model.device != device:
+            cast(torch.nn.Module, model).to(device)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        cast(torch.nn.Module, model).to(device).eval().requires_grad_(False)
+        cast(torch.nn.Module, model).eval().requires_grad_(False)
+        keep_as_loaded(model)
     windows = use_our_attention(model)
     return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model, windows))
+
+
+def load_model(config: BaseConfig, path: str) -> PreTrainedModel:
+    """The model alone: on its device if it is quantised, on the CPU otherwise. Raises ModelUnsupported."""
+    if config.quantise != "none" or is_quantised_checkpoint(path):
+        return load_quantised(path, config, pick_device(config.device))
+    return load_weights(path, config.dtype)
+
+
+def is_quantised_checkpoint(path: str) -> bool:
+    """True if the checkpoint says how it is quantised."""
+    return getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+
+
+def load_quantised(path: str, config: BaseConfig, device: torch.device) -> PreTrainedModel:
+    """The model in `path`, quantised as it is or as `config` says, on `device`. Raises ModelUnsupported."""
+    if config.quantise != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelUnsupported(
+            f"base.quantise is '{config.quantise}', which needs bitsandbytes: pip install bitsandbytes"
+        )
+    if config.quantise != "none" and is_quantised_checkpoint(path):
+        raise ModelUnsupported(f"base model '{path}' is quantised already: set base.quantise to 'none'")
+    wanted = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    options = {} if config.quantise == "none" else {"quantization_config": quantisation(path, config)}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=wanted, device_map={"": device}, **options
+    )
+    return model
+
+
+def quantisation(path: str, config: BaseConfig) -> BitsAndBytesConfig:
+    """What `base.quantise` stands for; 4-bit weights compute in the dtype of the activations."""
+    if config.quantise == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None) if config.dtype == "auto" else config.dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
+    )
 
 
 def load_weights(path: str, dtype: str = "auto") -> PreTrainedModel:
@@ -151,7 +202,8 @@ def use_our_attention(model: PreTrainedModel) -> set[int]:
     except Exception as error:
         raise ModelUnsupported(f"{name} cannot be served: {first_line(error)}") from error
     error_size = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-    if not error_size <= PROBE_TOLERANCE.get(model.dtype, 1e-1):
+    tolerance = QUANTISED_TOLERANCE if quantised_modules(model) else PROBE_TOLERANCE.get(model.dtype, 1e-1)
+    if not error_size <= tolerance:
         raise ModelUnsupported(
             f"{name} cannot be served: with our attention its logits are off by {error_size:.2g} of their size; "
             "please report the model"

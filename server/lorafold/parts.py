@@ -18,12 +18,16 @@ from lorafold.engine.loop import Engine
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
+from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
-from lorafold.model import LoadedBase, load_base, load_weights
+from lorafold.model import LoadedBase, load_base, load_model, load_weights
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.fingerprint_cache import CacheEntry, FileIdentity, cache_entry, model_files
+from lorafold_adapters.errors import BaseMismatch
+from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
+from lorafold_adapters.identity import fingerprint, quantised_from
 from lorafold_adapters.policy import TurnTaking
+from lorafold_adapters.stand_ins import FoldOptions
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -57,7 +61,8 @@ async def load_parts(config: Config, say: Say) -> Parts:
     model = base.model
     say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
     entry = cache_entry(fingerprint_folder(config), model, before, await asyncio.to_thread(model_files, path))
-    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config.fold, before))
+    folder = Path(before[0][0]).parent if before else None
+    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config, path, folder))
     say(f"  base {manager.base.digest[:12]}")
     metrics = Metrics(CollectorRegistry())
     loop = asyncio.get_running_loop()
@@ -74,7 +79,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
             manager,
             TurnTaking(config.policy.turn_seconds),
             metrics.weights_changed,
-            lambda: load_weights(path, config.base.dtype),
+            lambda: load_model(config.base, path),
         ),
         scheduler=Scheduler(slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens),
         vocabulary=base.vocabulary(),
@@ -96,17 +101,30 @@ async def load_parts(config: Config, say: Say) -> Parts:
     )
 
 
-def attach(model: PreTrainedModel, entry: CacheEntry, fold: FoldConfig, files: list[FileIdentity]) -> AdapterManager:
-    """A manager of `model`, whose tensors are read only if their fingerprint is not remembered."""
-    known = entry.read()
-    manager = AdapterManager(
-        model,
-        undo=fold.undo,
-        source=Path(files[0][0]).parent if files else None,
-        fingerprint=known,
-        max_delta_error=fold.max_delta_error,
-    )
-    if known is None:
+def attach(
+    model: PreTrainedModel, entry: CacheEntry, config: Config | None = None, path: str = "", folder: Path | None = None
+) -> AdapterManager:
+    """A manager of `model`, whose tensors are read only if their fingerprint is not remembered.
+
+    What was quantised while it was loaded is then loaded once more as it is in `path`, for its fingerprint. `folder` is
+    where the base's files are. Raises ConfigError if the base is to be folded into a checkpoint that is not there.
+    """
+    known, fold = entry.read(), FoldConfig() if config is None else config.fold
+    remembered = known is not None
+    if not remembered and config is not None and config.base.quantise != "none":
+        known = quantised_from(fingerprint(model), fingerprint(load_weights(path, config.base.dtype)))
+    try:
+        manager = AdapterManager(
+            model,
+            undo=fold.undo,
+            source=folder,
+            fingerprint=known,
+            max_delta_error=fold.max_delta_error,
+            quantised=FoldOptions(requantise=fold.requantise, provenance=fold.provenance),
+        )
+    except BaseMismatch as error:
+        raise ConfigError(f"fold.provenance is '{fold.provenance}': {error}") from error
+    if not remembered:
         entry.write(manager.base)
     return manager
 

@@ -31,6 +31,8 @@ class WeightsState:
     """Memory that is held to give the base back."""
     reloads: int
     """How often the base was found damaged and loaded again."""
+    provenance: str
+    """What folds into a quantised base start from; empty if it is not quantised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +87,7 @@ class WeightsControl:
             reason=self._reason,
             undo_bytes=fold.undo_bytes,
             reloads=self._reloads,
+            provenance=fold.provenance or "",
         )
 
     @property
@@ -168,6 +171,8 @@ class WeightsControl:
         """One more deployment points at this adapter; it is put on the device if it is not there yet."""
         if bound.digest not in self._manager.adapters:
             self._manager.load(bound.digest, bound)
+            if extra := self._manager.extra_bytes(bound):
+                log.info("folding this adapter takes memory beside the base", adapter=bound.digest, bytes=extra)
         self._wanted[bound.digest] += 1
 
     def release(self, adapter: str) -> None:

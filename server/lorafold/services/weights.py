@@ -82,4 +82,5 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             undo_bytes=state.undo_bytes,
             reloads=state.reloads,
             base_fingerprint=self._base_fingerprint,
+            provenance=state.provenance,
         )
