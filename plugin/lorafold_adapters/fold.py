@@ -65,9 +65,19 @@ class Weights:
         """The first of the names that a parameter has."""
         return self._first[name]
 
+    def changes(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change]]:
+        """The change of each parameter, once where modules share it."""
+        done: set[str] = set()
+        for module, update in adapter.updates.items():
+            for key, change in update.changes(lambda key, module=module: self.pristine(f"{module}.{key}")).items():  # type: ignore[misc]
+                name = self._first[f"{module}.{key}"]
+                if name not in done:
+                    done.add(name)
+                    yield name, change
+
     def planned(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change, Tensor]]:
         """Each parameter that a fold would change, how, and its values in the base."""
-        for name, change in self._changes(adapter):
+        for name, change in self.changes(adapter):
             yield name, change, self._undo.pristine(name)
 
     def keep_checksums(self, known: Mapping[str, str]) -> None:
@@ -85,7 +95,7 @@ class Weights:
         before = set(self._changed)
         self._state = State.DIRTY
         try:
-            extents = {name: self._write(name, change) for name, change in self._changes(adapter)}
+            extents = {name: self._write(name, change) for name, change in self.changes(adapter)}
             refuse_unbounded({name: (self._live[name].dtype, values) for name, values in extents.items()})
         except BaseException as error:
             self.restore()
@@ -113,16 +123,6 @@ class Weights:
         self._changed.clear()
         self._compare(self._live)
         self._state = State.BASE
-
-    def _changes(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change]]:
-        """The change of each parameter, once where modules share it."""
-        done: set[str] = set()
-        for module, update in adapter.updates.items():
-            for key, change in update.changes(lambda key, module=module: self.pristine(f"{module}.{key}")).items():  # type: ignore[misc]
-                name = self._first[f"{module}.{key}"]
-                if name not in done:
-                    done.add(name)
-                    yield name, change
 
     def _write(self, name: str, change: Change) -> list[Tensor]:
         self._changed.add(name)

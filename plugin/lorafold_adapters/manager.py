@@ -32,6 +32,7 @@ from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
 from lorafold_adapters.fold import State, Weights
 from lorafold_adapters.identity import Fingerprint, cast_digest, tensor_digest
 from lorafold_adapters.identity import fingerprint as fingerprint_of
+from lorafold_adapters.merged import Merged
 from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
 from lorafold_adapters.undo import UndoKind, make_undo
@@ -95,6 +96,11 @@ class AdapterManager:
         self._fingerprint = fingerprint or fingerprint_of(model)
         on_cpu = model.device.type == "cpu"
         self._weights.keep_checksums(self._fingerprint.tensors if on_cpu else {})
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that adapters are on."""
+        return self._model
 
     @property
     def base(self) -> Fingerprint:
@@ -237,9 +243,22 @@ class AdapterManager:
         self._folded, self._generation = None, self._generation + 1
         self._weights.reload(dict(fresh.named_parameters(remove_duplicate=False)))
 
-    def fidelity(self, name: str) -> Fidelity:
-        """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""
-        bound = self._known(name)
+    def merged(self, bound: BoundAdapter) -> Merged:
+        """Reads tensors as they would be with `bound` folded, whatever is folded now; changes nothing.
+
+        Raises BaseCorrupt, or DeviceFull.
+        """
+        self._refuse_dirty()
+        try:
+            return Merged(self._model, self._weights, bound.to(self._model.device))
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(
+                f"the device's memory does not hold adapter {bound.digest[:12]}: drop others first"
+            ) from error
+
+    def fidelity(self, adapter: str | BoundAdapter) -> Fidelity:
+        """How much of an adapter (or its name) a fold keeps; measured once, in about the time of three folds."""
+        bound = adapter if isinstance(adapter, BoundAdapter) else self._known(adapter)
         for _ in self.measure(bound):
             pass
         return self._fidelity[bound.digest]
