@@ -26,6 +26,7 @@ from bench.models import attach, placed, saved, tiny, undo_kinds
 from bench.peft_drift import Drift, drift
 from bench.trial import Trial
 from lorafold.model import pick_device
+from lorafold_adapters.undo import UndoKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FOLDS = 10_000
@@ -50,13 +51,14 @@ def planted(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
-def run(device: torch.device, dtype: torch.dtype, undo: str, adapters: dict[str, Path], folds: int) -> Trial:
+def run(device: torch.device, dtype: torch.dtype, undo: UndoKind, adapters: dict[str, Path], folds: int) -> Trial:
     """All folds with one dtype and one kind of undo."""
     model = planted(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         manager = attach(model, undo, saved(model, Path(folder)))
         for name, adapter in adapters.items():
             manager.load(name, adapter)
+            manager.fidelity(name)  # Measured once; the faults are for the folds.
         trial = Trial(model, manager, seed=f"{dtype}, {undo}")
         trial.run(folds)
         manager.detach()

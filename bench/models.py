@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.undo import UndoKind
 
 
 def llama(layers: int) -> LlamaForCausalLM:
@@ -69,18 +70,16 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def attach(model: PreTrainedModel, undo: str, folder: Path) -> AdapterManager:
+def attach(model: PreTrainedModel, undo: UndoKind, folder: Path) -> AdapterManager:
     """A manager that gives the base back by `undo`; `folder` holds the model as `save_pretrained` wrote it."""
-    del undo, folder  # There is one kind of undo, copies in host memory.
-    return AdapterManager(model)
+    return AdapterManager(model, undo=undo, source=folder, max_delta_error=float("inf"))
 
 
 def undo_bytes(manager: AdapterManager) -> int:
     """Memory that the undo holds now beside the weights."""
-    return sum(copy.nbytes for copy in manager._weights._pristine.values())
+    return manager.fold_state.undo_bytes
 
 
-def undo_kinds(device: torch.device) -> tuple[str, ...]:
+def undo_kinds(device: torch.device) -> tuple[UndoKind, ...]:
     """The kinds of undo that are measured on `device`; the first is the headline."""
-    del device
-    return ("host",)
+    return ("sparse", "device", "host", "checkpoint") if device.type == "cuda" else ("sparse", "host", "checkpoint")

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from bench.adapters import ALL_LINEAR
 from bench.models import attach, llama, placed, undo_bytes
 from bench.rounds import Timing, stopwatch
+from lorafold_adapters.undo import UndoKind
 
 LAYERS = 12
 NAMES = ("a", "b")
@@ -67,11 +68,14 @@ def floor_of(device: torch.device, dtype: torch.dtype) -> Floor:
     return Floor(model=model, timing=timing, weight_bytes=sum(weight.nbytes for weight in live))
 
 
-def folding_of(device: torch.device, dtype: torch.dtype, undo: str, base: Path, adapters: Sequence[Path]) -> Folding:
+def folding_of(
+    device: torch.device, dtype: torch.dtype, undo: UndoKind, base: Path, adapters: Sequence[Path]
+) -> Folding:
     """Both adapters loaded; before each timing the one of the round before is folded."""
     manager = attach(fresh(device, dtype), undo, base)
     for name, folder in zip(NAMES, adapters, strict=True):
         manager.load(name, folder)
+        manager.fidelity(name)  # Measured once, before the first fold; no part of a swap.
 
     def swap(number: int) -> float:
         manager.merge_adapter(before(number))

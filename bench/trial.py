@@ -68,7 +68,8 @@ class Trial:
             return
         self._refuse_no_effect(name, fault)
         self.sequence.append(name)
-        self._counts[name] = fault
+        if not fault.struck:
+            self._counts[name] = fault
         self.undo_share = max(self.undo_share, round(undo_bytes(self._manager) / self._weight_bytes, 4))
 
     def _fault(self, name: str) -> Fault:
@@ -81,7 +82,9 @@ class Trial:
 
     def _refuse_no_effect(self, name: str, fault: Fault) -> None:
         """Raises if a fold went through that should not have, or left the base as it was."""
-        if fault.struck:
+        if fault.kind is Kind.NAN and fault.struck and all(bool(live.isfinite().all()) for live in self._live.values()):
+            self.failures["nan_in_a_record"] += 1  # Not in a weight: the record notes it like any other difference.
+        elif fault.struck:
             raise RuntimeError(f"the fold of '{name}' went through in spite of a failure ({fault.kind})")
         if not self._different():
             raise RuntimeError(f"the fold of '{name}' changed nothing")

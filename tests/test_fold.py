@@ -133,16 +133,17 @@ def fail_at_call(number: int, place: str, monkeypatch: pytest.MonkeyPatch) -> li
     """Makes the fold's arithmetic fail at its `number`th chunk, before, inside or after it; or give a NaN."""
     real, calls = AddProduct.forward, [0]
 
-    def forward(change: AddProduct, base: Tensor, rows: slice, out: Tensor) -> None:
+    def forward(change: AddProduct, base: Tensor, rows: slice, out: Tensor) -> Tensor | None:
         calls[0] += 1
         if calls[0] == number and place == "before":
             raise MemoryError("injected")
-        real(change, base, rows, out)
+        memo = real(change, base, rows, out)
         if calls[0] == number and place == "inside":
             out[: out.shape[0] // 2] = 7.0
             raise MemoryError("injected")
         if calls[0] == number and place == "nan":
             out[0, 0] = float("nan")
+        return memo
 
     def after(values: Tensor) -> Tensor:
         if calls[0] == number and place == "after":

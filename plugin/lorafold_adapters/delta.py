@@ -24,17 +24,18 @@ class Change(Protocol):
         """True if the parameter cannot be taken in chunks."""
         ...
 
-    def forward(self, base: Tensor, rows: slice, out: Tensor) -> None:
+    def forward(self, base: Tensor, rows: slice, out: Tensor) -> Tensor | None:
         """Writes the folded values of `rows` into `out`; `base` holds the same rows of the base, in its dtype.
 
-        `out` is not `base`.
+        `out` is not `base`. Returns what `backward` must know besides, if anything; it is small.
         """
         ...
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """Writes into `out` what the base probably was, given the folded and rounded values of `rows`.
 
-        The same calls always give the same bits; how near they come decides how small an undo record is.
+        `memo` is what `forward` returned. The same calls always give the same bits; how near they come decides how small
+        an undo record is.
         """
         ...
 
@@ -62,15 +63,18 @@ class AddProduct:
         """The length of a column needs all rows."""
         return self.magnitude is not None and not self.outputs_are_rows
 
-    def forward(self, base: Tensor, rows: slice, out: Tensor) -> None:
-        """See `Change`."""
+    def forward(self, base: Tensor, rows: slice, out: Tensor) -> Tensor | None:
+        """See `Change`; the memo is DoRA's gain."""
         self._add(base, rows, out, self.scaling)
-        if self.magnitude is not None:
-            out.mul_(self._gain(out, rows))
+        if self.magnitude is None:
+            return None
+        gain = self._gain(out, rows)
+        out.mul_(gain)
+        return gain
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
-        """With DoRA the gain is unknown here: the record then holds nearly everything, and a copy is kept."""
-        self._add(folded, rows, out, -self.scaling)
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
+        """See `Change`."""
+        self._add(folded if memo is None else folded / memo, rows, out, -self.scaling)
 
     def gain(self, base: Tensor) -> Tensor:
         """DoRA's `m / ||W + delta||` by output, in fp32, for the whole parameter."""
@@ -110,7 +114,7 @@ class AddValues:
         """See `Change`."""
         out.copy_(base).add_(self.values[rows].to(out), alpha=self.scaling)
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """See `Change`."""
         out.copy_(folded).sub_(self.values[rows].to(out), alpha=self.scaling)
 
@@ -130,7 +134,7 @@ class SetValues:
         """See `Change`."""
         out.copy_(self.values[rows])
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """Nothing is left of the base: the record is a copy."""
         out.copy_(folded)
 
@@ -154,7 +158,7 @@ class SetRows:
         here = (self.index_K >= rows.start) & (self.index_K < rows.stop)
         out[(self.index_K[here] - rows.start).to(out.device)] = self.values_KM[here].to(out)
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """Nothing is left of those rows: the record holds them."""
         out.copy_(folded)
 
@@ -175,6 +179,6 @@ class Computed:
         """See `Change`."""
         out.copy_(self.function(base.to(out.dtype)))
 
-    def backward(self, folded: Tensor, rows: slice, out: Tensor) -> None:
+    def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """The function cannot be undone: the record holds what it changed."""
         out.copy_(folded)

@@ -59,8 +59,8 @@ class Fidelity:
 
 
 def root_of_ratio(over: float, under: float) -> float:
-    """Square root of a ratio of sums of squares; 0 where there is nothing to divide."""
-    return math.sqrt(over / under) if under > 0 else 0.0
+    """Square root of a ratio of sums of squares; 0 where there is nothing to divide, NaN where either is."""
+    return 0.0 if over == under == 0 else math.sqrt(over / under) if under else math.inf
 
 
 @torch.no_grad()

@@ -97,12 +97,12 @@ class Weights:
         try:
             extents = {name: self._write(name, change) for name, change in self.changes(adapter)}
             refuse_unbounded({name: (self._live[name].dtype, values) for name, values in extents.items()})
+            self._give_back(before - extents.keys())
         except BaseException as error:
             self.restore()
             if not isinstance(error, Exception):
                 raise
             raise FoldFailed(f"folding adapter {adapter.digest[:12]} failed, the base was restored: {error}") from error
-        self._give_back(before - extents.keys())
         self._state = State.FOLDED
         return sum(self._live[name].nbytes for name in extents)
 
@@ -132,9 +132,11 @@ class Weights:
         try:
             for name in names:
                 self._undo.restore(name)
+            self._compare(names)
+        except BaseCorrupt:
+            raise
         except Exception as error:
             raise BaseCorrupt(f"the base weights could not be given back: {error}") from error
-        self._compare(names)
         self._changed -= names
 
     def _compare(self, names: set[str] | Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lorafold_adapters.checksum import checksum
 from lorafold_adapters.delta import Change, chunks
 
 UndoKind = Literal["auto", "checkpoint", "host", "device", "sparse"]
@@ -165,14 +166,18 @@ class Record:
     """What one chunk was before it was changed, beyond what its change gives back."""
 
     change: Change
+    memo: Tensor | None
+    """What `forward` left for `backward`."""
     index: Tensor | None
     """Flat places in the chunk, int32; None: `values` is the whole chunk."""
     values: Tensor
+    checksum: str
+    """Of the chunk."""
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
+        return sum(tensor.nbytes for tensor in (self.values, self.index, self.memo) if tensor is not None)
 
 
 class Records:
@@ -232,38 +237,45 @@ class Records:
         live = self._live[name][rows]
         base = self._base(name, rows)
         out = self._scratch.like(live)
-        change.forward(base, rows, out)
+        memo = change.forward(base, rows, out)
         folded = out.to(live.dtype, copy=True)
-        record = self._record(change, base, folded, rows)
+        record = self._record(change, base, folded, rows, memo)
         self._pending = (name, rows, base)
         live.copy_(folded)
         self._records[name][rows.start, rows.stop] = record
         self._pending = None
         return extent(out)
 
-    def _record(self, change: Change, base: Tensor, folded: Tensor, rows: slice) -> Record:
-        back = self._backward(change, folded, rows)
+    def _record(self, change: Change, base: Tensor, folded: Tensor, rows: slice, memo: Tensor | None) -> Record:
+        back = self._backward(change, folded, rows, memo)
         lost = (bits(back) != bits(base)).flatten()
         index = lost.nonzero().flatten()
-        if index.numel() * (4 + base.element_size()) >= base.nbytes:
-            return Record(change=change, index=None, values=base.clone())
-        return Record(change=change, index=index.to(torch.int32), values=base.flatten()[index])
+        short = index.numel() * (4 + base.element_size()) < base.nbytes
+        return Record(
+            change=change,
+            memo=memo if short else None,
+            index=index.to(torch.int32) if short else None,
+            values=base.flatten()[index] if short else base.clone(),
+            checksum=checksum(base),
+        )
 
     def _base(self, name: str, rows: slice) -> Tensor:
-        """A copy of the base's values of a chunk."""
+        """A copy of the base's values of a chunk. Raises ArithmeticError if they cannot be had from its record."""
         live = self._live[name][rows]
         record = self._records.get(name, {}).get((rows.start, rows.stop))
         if record is None:
             return live.clone()
         if record.index is None:
             return record.values.clone()
-        base = self._backward(record.change, live, rows)
+        base = self._backward(record.change, live, rows, record.memo)
         base.view(-1)[record.index.long()] = record.values
+        if checksum(base) != record.checksum:
+            raise ArithmeticError(f"the record of '{name}' does not give back rows {rows.start} to {rows.stop}")
         return base
 
-    def _backward(self, change: Change, folded: Tensor, rows: slice) -> Tensor:
+    def _backward(self, change: Change, folded: Tensor, rows: slice, memo: Tensor | None) -> Tensor:
         out = self._back.like(folded)
-        change.backward(folded, rows, out)
+        change.backward(folded, rows, out, memo)
         return out.to(folded.dtype, copy=True)
 
     def _settle(self) -> None:
