@@ -14,6 +14,7 @@ from lorafold_adapters import AdapterManager, export
 from lorafold_adapters.checkpoint_names import plan_names
 from lorafold_adapters.errors import AdapterUnsupported, DeltaLost, ExportExists, ExportFailed, ExportUnsupported
 from lorafold_adapters.export import Exported, Order, Progress, export_merged
+from lorafold_adapters.provenance import Origin, Source
 from tests.kinds import WORKING, Kind
 from tests.models import assert_same_weights, logits_of, prompts, tiny_llama, weights_of
 
@@ -124,11 +125,12 @@ def test_progress_grows_to_the_end(case: Case) -> None:
 
 
 def test_the_provenance_says_what_it_was_made_from(case: Case) -> None:
-    done = case.export(base_name="tiny")
+    source = Source(name="sql", digest=case.bound.digest, kind="LORA")
+    done = case.export(origin=Origin(base_name="tiny", sources=(source,)))
     facts = json.loads((case.out / "lorafold.json").read_text())
     assert facts == done.provenance
     assert facts["base"] == {"name": "tiny", "fingerprint": case.manager.base.digest, "dtype": "float32"}
-    assert facts["adapters"] == [{"name": "adapter", "digest": case.bound.digest, "kind": "LORA", "weight": 1.0}]
+    assert facts["adapters"] == [{"name": "sql", "digest": case.bound.digest, "kind": "LORA", "weight": 1.0}]
     assert facts["fidelity"]["delta_error"] == done.fidelity.delta_error < 1e-5
     assert facts["versions"]["torch"] == torch.__version__
 
@@ -151,7 +153,7 @@ def test_leaving_early_leaves_nothing(case: Case) -> None:
     next(steps)
     assert len(left_behind(case.out.parent)) == 1
     assert not case.out.exists()
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert left_behind(case.out.parent) == []
 
 

@@ -7,9 +7,9 @@ owns the model says how to read it (`run`). The folder appears whole or not at a
 import copy
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from lorafold_adapters.errors import ExportExists, ExportFailed, FoldFailed, Lor
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.manager import AdapterManager
 from lorafold_adapters.merged import Merged
-from lorafold_adapters.provenance import PROVENANCE_FILE, Composition, provenance, provenance_text
+from lorafold_adapters.provenance import PROVENANCE_FILE, Origin, provenance, provenance_text
 from lorafold_adapters.shards import Shard, ShardWriter, plan_shards, sync, sync_folder
 
 SHARD_SIZE = 4 * 10**9
@@ -69,10 +69,8 @@ class Order:
 
     bound: BoundAdapter
     out: Path
-    base_name: str = ""
-    """What people call the base; for the provenance only."""
-    composition: Composition | None = None
-    """How several adapters became this one; None if it is one."""
+    origin: Origin = field(default_factory=Origin)
+    """For the provenance only."""
     tokenizer: PreTrainedTokenizerBase | None = None
     shard_size: int = SHARD_SIZE
     """Bytes of tensors in one file."""
@@ -83,7 +81,7 @@ def here(function: Callable[[], T], /) -> T:
     return function()
 
 
-def export_merged(manager: AdapterManager, order: Order, run: Run = here) -> Iterator[Progress | Exported]:
+def export_merged(manager: AdapterManager, order: Order, run: Run = here) -> Generator[Progress | Exported, None, None]:
     """Writes the checkpoint, a tensor at each step; the last item is what was written. Closing it early removes all.
 
     Raises ExportExists, ExportFailed, ExportUnsupported, or what a fold of the adapter would raise.
@@ -93,7 +91,7 @@ def export_merged(manager: AdapterManager, order: Order, run: Run = here) -> Ite
     merged = run(lambda: manager.merged(order.bound))
     groups = run(lambda: plan_names(manager.model, merged.live))
     shards = plan_shards({name: like for group in groups for name, like in group.saved.items()}, order.shard_size)
-    facts = provenance(order.bound, manager.base, order.base_name, order.composition, fidelity)
+    facts = provenance(order.bound, manager.base, order.origin, fidelity)
     with written_whole(out, sum(shard.nbytes for shard in shards)) as partial:
         writer = ShardWriter(partial, shards)
         yield from write_tensors(manager.model, merged, groups, writer, run)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,39 +17,39 @@ PACKAGES = ("lorafold", "torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One adapter of a composition."""
+    """One adapter that went in."""
 
     name: str
+    """What people call it."""
     digest: str
     kind: str
     weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Composition:
-    """How several adapters became one."""
+class Origin:
+    """Where base and adapter come from, as far as they do not say it themselves."""
 
-    method: str
-    sources: tuple[Source, ...]
-    options: Mapping[str, Any]
+    base_name: str = ""
+    """What people call the base."""
+    sources: tuple[Source, ...] = ()
+    """The adapters that were composed; the adapter itself if there are none."""
+    method: str | None = None
+    """How they were composed."""
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else decided the result: density, seed, ..."""
 
 
-def provenance(
-    bound: BoundAdapter, base: Fingerprint, base_name: str, composition: Composition | None, fidelity: Fidelity
-) -> dict[str, Any]:
+def provenance(bound: BoundAdapter, base: Fingerprint, origin: Origin, fidelity: Fidelity) -> dict[str, Any]:
     """Everything that decides the tensors, and how well they hold the adapter; for JSON."""
-    own = Source(name=bound.checkpoint.path.name, digest=bound.digest, kind=bound.kind)
-    sources = (own,) if composition is None else composition.sources
+    sources = origin.sources or (Source(name="", digest=bound.digest, kind=bound.kind),)
     return {
         "format": FORMAT,
-        "base": {"name": base_name, "fingerprint": base.digest, "dtype": base.dtype},
-        "adapters": [
-            {"name": source.name, "digest": source.digest, "kind": source.kind, "weight": source.weight}
-            for source in sources
-        ],
-        "method": None if composition is None else composition.method,
-        "options": {} if composition is None else dict(composition.options),
+        "base": {"name": origin.base_name, "fingerprint": base.digest, "dtype": base.dtype},
+        "adapter_digest": bound.digest,
+        "adapters": [asdict(source) for source in sources],
+        "method": origin.method,
+        "options": dict(origin.options),
         "dtype": base.dtype,
         "fidelity": fidelity_facts(fidelity),
         "versions": {package: installed(package) for package in PACKAGES},

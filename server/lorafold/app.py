@@ -22,6 +22,7 @@ from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
 from lorafold.errors import ConfigError
+from lorafold.exports import Exports
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase, load_base
 from lorafold.services.deployment import DeploymentService
@@ -223,7 +224,8 @@ def make_server(parts: Parts) -> tuple[grpc.aio.Server, health.aio.HealthService
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
     deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(DeploymentService(parts.deployments), server)
-    weights = WeightsService(parts.engine, parts.deployments, parts.manager.base.digest)
+    exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
+    weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -42,6 +42,10 @@ class WeightsServiceStub:
     """Gives the base weights back bit for bit and hands control to the policies again."""
     VerifyBase: _grpc.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]
     """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+    ExportMerged: _grpc.UnaryStreamMultiCallable[_weights_pb2.ExportMergedRequest, _weights_pb2.ExportMergedResponse]
+    """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+    go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
+    """
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
@@ -57,6 +61,10 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     """Gives the base weights back bit for bit and hands control to the policies again."""
     VerifyBase: _aio.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]  # type: ignore[assignment]
     """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+    ExportMerged: _aio.UnaryStreamMultiCallable[_weights_pb2.ExportMergedRequest, _weights_pb2.ExportMergedResponse]  # type: ignore[assignment]
+    """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+    go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
+    """
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at the weights and changes them by hand."""
@@ -93,5 +101,15 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.VerifyBaseResponse, _abc.Awaitable[_weights_pb2.VerifyBaseResponse]]:
         """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+
+    @_abc_1.abstractmethod
+    def ExportMerged(
+        self,
+        request: _weights_pb2.ExportMergedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.ExportMergedResponse], _abc.AsyncIterator[_weights_pb2.ExportMergedResponse]]:
+        """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+        go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
+        """
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
