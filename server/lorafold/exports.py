@@ -17,6 +17,7 @@ from lorafold.config import BASE, Config, local_model_path
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.errors import ExportOff, InvalidField
+from lorafold.model import base_name
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.export import SHARD_SIZE, Exported, Order, Progress, export_merged
 from lorafold_adapters.provenance import Origin, Source
@@ -93,11 +94,6 @@ def inside(folder: Path, path: str) -> Path:
     if root not in out.parents:
         raise InvalidField("path", "does not lie under this server's export folder: give a name inside it")
     return out
-
-
-def base_name(path: str) -> str:
-    """What people call a base: the name of its folder, or its name on the hub."""
-    return Path(path).resolve().name if Path(path).is_dir() else path
 
 
 async def in_a_thread(steps: Generator[T, None, None]) -> AsyncGenerator[T, None]:
