@@ -188,6 +188,11 @@ def test_a_refused_adapter_still_says_what_can_be_known(tmp_path: Path, base: st
     other = facts_of(str(adapter), "--base", base)
     assert (other["match"], other["ranks"]) == ("other base", {"8": 28})
     assert any("retrain it" in sentence for sentence in other["refusals"])
+    stamp = (adapter / STAMP_FILE).read_text()
+    (adapter / STAMP_FILE).write_text(stamp.replace(facts_of(UPPER)["digest"], "3f2a" * 16))
+    for arguments in ([], ["--base", base]):
+        (sentence,) = facts_of(str(adapter), *arguments)["refusals"]
+        assert "was made for adapter 3f2a3f2a3f2a" in sentence
     options = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**options, "init_lora_weights": "pissa"}))
     (adapter / STAMP_FILE).unlink()

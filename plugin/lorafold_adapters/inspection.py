@@ -16,7 +16,7 @@ from lorafold_adapters.errors import AdapterError, BaseMismatch, DeltaLost, Lora
 from lorafold_adapters.estimate import Cost, base_cost, two_path_cost
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.manager import AdapterManager
-from lorafold_adapters.stamp import Match, Stamp, check_stamp, read_stamp
+from lorafold_adapters.stamp import Match, Stamp, check_stamp, own_stamp, read_stamp
 from lorafold_adapters.updates import LowRank
 
 T = TypeVar("T")
@@ -78,8 +78,9 @@ def describe(folder: Path) -> Described:
     refusals: list[str] = []
     attempt(refusals, lambda: refuse_unserved(options))
     tensors = attempt(refusals, lambda: read_tensors(folder)) or {}
-    stamp = attempt(refusals, lambda: read_stamp(folder))
     digest = content_digest(options, tensors)
+    checkpoint = Checkpoint(path=folder, options=options, tensors=tensors, digest=digest) if tensors else None
+    stamp = attempt(refusals, lambda: own_stamp(checkpoint) if checkpoint else read_stamp(folder))
     return Described(
         options=options,
         scales=scales_of(options),
@@ -87,7 +88,7 @@ def describe(folder: Path) -> Described:
         tensors=len(tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        checkpoint=Checkpoint(path=folder, options=options, tensors=tensors, digest=digest) if tensors else None,
+        checkpoint=checkpoint,
         stamp=stamp,
         refusals=tuple(refusals),
     )

@@ -48,7 +48,7 @@ def inspect(
             refusals += base_facts(facts, described, base, dtype, modules, prompts)
     except (LorafoldError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    facts["refusals"] = refusals
+    facts["refusals"] = list(dict.fromkeys(refusals))
     if as_json:
         click.echo(json.dumps(finite(facts)))
     else:
