@@ -1,9 +1,11 @@
 """An engine without a server: requests in, events out."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import SlotCache
@@ -15,6 +17,7 @@ from lorafold.model import use_our_attention
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.policy import Mode, PolicyKind, TurnTaking
+from tests.models import tiny_llama
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Recorder:
     steps: list[Mode] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     death: list[BaseException | None] = field(default_factory=list)
+    health: list[bool] = field(default_factory=list)
 
     def step(self, mode: Mode, seconds: float) -> None:
         self.steps.append(mode)
@@ -60,7 +64,16 @@ class Recorder:
 class Bench:
     """One model with an engine on it. Use as a context manager."""
 
-    def __init__(self, model: Any, *, slots: int = 8, length: int = 512, prefill: int = 64, turn: float = 0.01) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        slots: int = 8,
+        length: int = 512,
+        prefill: int = 64,
+        turn: float = 0.01,
+        load_base: Callable[[], nn.Module] = tiny_llama,
+    ) -> None:
         use_our_attention(model)
         self.model = model
         self.manager = AdapterManager(model)
@@ -69,11 +82,12 @@ class Bench:
         self.scheduler = Scheduler(slots=slots, max_waiting=1000, prefill_tokens=prefill)
         self.engine = Engine(
             runner=self.runner,
-            weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append),
+            weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append, load_base),
             scheduler=self.scheduler,
             vocabulary=Vocabulary(decode=lambda ids: "x" * len(ids), end_of_sequence=frozenset()),
             observer=self.recorder,
             on_death=self.recorder.death.append,
+            on_health=self.recorder.health.append,
         )
 
     def __enter__(self) -> "Bench":

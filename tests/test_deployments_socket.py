@@ -188,7 +188,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "wrong shapes": (wrong_shape, "FAILED_PRECONDITION", "BASE_MISMATCH", "this base needs [8, 256]"),
     "with NaN": (put_nan, "INVALID_ARGUMENT", "ADAPTER_CORRUPT", "NaN or infinite"),
     "unknown option": (spoil_config(warp=9), "FAILED_PRECONDITION", "ADAPTER_UNSUPPORTED", "'warp'"),
-    "other kind": (spoil_config(peft_type="LOHA"), "FAILED_PRECONDITION", "ADAPTER_UNSUPPORTED", "'LOHA'"),
+    "other kind": (spoil_config(peft_type="VERA"), "FAILED_PRECONDITION", "ADAPTER_UNSUPPORTED", "'VERA'"),
     "other architecture": (
         spoil_config(target_modules=["c_attn"]),
         "FAILED_PRECONDITION",

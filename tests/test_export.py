@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorafold_adapters import AdapterManager, export
 from lorafold_adapters.checkpoint_names import plan_names
-from lorafold_adapters.errors import AdapterUnsupported, DeltaLost, ExportExists, ExportFailed, ExportUnsupported
+from lorafold_adapters.errors import (
+    AdapterUnsupported,
+    BaseCorrupt,
+    DeltaLost,
+    ExportExists,
+    ExportFailed,
+    ExportUnsupported,
+)
 from lorafold_adapters.export import Exported, Order, Progress, export_merged
 from lorafold_adapters.provenance import Origin, Source
 from tests.kinds import WORKING, Kind
@@ -146,6 +153,13 @@ def test_a_failure_leaves_nothing(step: str, case: Case, monkeypatch: pytest.Mon
     with pytest.raises(ExportFailed, match="No space left on device"):
         case.export()
     assert set(case.out.parent.iterdir()) == before
+
+
+def test_a_damaged_base_is_not_exported(case: Case) -> None:
+    case.model.get_parameter("model.layers.1.mlp.up_proj.weight").data.view(-1)[7] += 0.5
+    with pytest.raises(BaseCorrupt, match="up_proj"):
+        case.export()
+    assert left_behind(case.out.parent) == []
 
 
 def test_leaving_early_leaves_nothing(case: Case) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lorafold.app import attach
-from lorafold.config import fingerprint_folder
+from lorafold.config import FoldConfig, fingerprint_folder
+from lorafold.parts import attach
 from lorafold_adapters import AdapterManager, identity
 from lorafold_adapters.fingerprint_cache import cache_entry, model_files
 from lorafold_adapters.identity import fingerprint
@@ -52,7 +52,9 @@ def start(base: Path, tmp_path: Path) -> Start:
     def begin(dtype: str = "auto") -> AdapterManager:
         before = model_files(str(base))
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        return attach(model, cache_entry(tmp_path / "cache", model, before, model_files(str(base))))
+        return attach(
+            model, cache_entry(tmp_path / "cache", model, before, model_files(str(base))), FoldConfig(), before
+        )
 
     return begin
 
@@ -112,7 +114,8 @@ def test_another_dtype_is_remembered_by_itself(base: Path, tmp_path: Path, hashe
     for dtype in ("float32", "bfloat16", "float32", "bfloat16"):
         files = model_files(str(base))
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        digests[dtype] = attach(model, cache_entry(tmp_path / "cache", model, files, files)).base.digest
+        entry = cache_entry(tmp_path / "cache", model, files, files)
+        digests[dtype] = attach(model, entry, FoldConfig(), files).base.digest
     assert len(set(digests.values())) == len(entries(tmp_path)) == 2
     assert hashed.taken() == 2 * len(fingerprint(tiny_llama()).tensors)
 
@@ -150,9 +153,14 @@ def test_files_that_changed_while_they_were_loaded_are_not_remembered(base: Path
     before = model_files(str(base))
     model = tiny_llama()
     os.utime(base / "model.safetensors", ns=(1, 1))
-    attach(model, cache_entry(tmp_path / "cache", model, before, model_files(str(base))))
+    attach(model, cache_entry(tmp_path / "cache", model, before, model_files(str(base))), FoldConfig(), before)
     assert entries(tmp_path) == []
-    attach(model, cache_entry(tmp_path / "cache", model, model_files(str(base)), model_files(str(base))))
+    attach(
+        model,
+        cache_entry(tmp_path / "cache", model, model_files(str(base)), model_files(str(base))),
+        FoldConfig(),
+        before,
+    )
     assert len(entries(tmp_path)) == 1
 
 

@@ -34,8 +34,8 @@ class Change(Protocol):
     def backward(self, folded: Tensor, rows: slice, out: Tensor, memo: Tensor | None) -> None:
         """Writes into `out` what the base probably was, given the folded and rounded values of `rows`.
 
-        `memo` is what `forward` returned. The same calls always give the same bits; how near they come decides how small
-        an undo record is.
+        `memo` is what `forward` returned. The same calls always give the same bits; how near they come decides how
+        small an undo record is.
         """
         ...
 

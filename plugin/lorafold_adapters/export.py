@@ -136,7 +136,7 @@ def measured(manager: AdapterManager, bound: BoundAdapter, run: Run) -> Fidelity
         except Exception as error:
             raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
     run(lambda: manager.refuse_fold(bound))
-    return run(lambda: manager.fidelity(bound))
+    return run(lambda: manager.fidelity_of(bound))
 
 
 def write_tensors(

@@ -57,6 +57,10 @@ class Weights:
         """The parameter `name` as it is in the base, on its own device; do not write to it."""
         return self._undo.pristine(self._first[name])
 
+    def is_base(self, name: str, values: Tensor) -> bool:
+        """True if `values` have the checksum that parameter `name` had in the base."""
+        return self._checksum(values) == self._checksums[self._first[name]]
+
     def live(self, name: str) -> Tensor:
         """The parameter itself."""
         return self._live[self._first[name]]

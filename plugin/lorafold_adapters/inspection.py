@@ -148,10 +148,10 @@ def folding(manager: AdapterManager, bound: BoundAdapter) -> tuple[str | None, F
     try:
         manager.refuse_fold(bound)
     except DeltaLost as error:
-        return str(error), manager.fidelity(bound)
+        return str(error), manager.fidelity_of(bound)
     except LorafoldError as error:
         return str(error), None
-    return None, manager.fidelity(bound)
+    return None, manager.fidelity_of(bound)
 
 
 def stamped(manager: AdapterManager, checkpoint: Checkpoint) -> tuple[str, str]:

@@ -256,9 +256,12 @@ class AdapterManager:
                 f"the device's memory does not hold adapter {bound.digest[:12]}: drop others first"
             ) from error
 
-    def fidelity(self, adapter: str | BoundAdapter) -> Fidelity:
-        """How much of an adapter (or its name) a fold keeps; measured once, in about the time of three folds."""
-        bound = adapter if isinstance(adapter, BoundAdapter) else self._known(adapter)
+    def fidelity(self, name: str) -> Fidelity:
+        """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""
+        return self.fidelity_of(self._known(name))
+
+    def fidelity_of(self, bound: BoundAdapter) -> Fidelity:
+        """The same for an adapter that need not be loaded."""
         for _ in self.measure(bound):
             pass
         return self._fidelity[bound.digest]
@@ -280,11 +283,9 @@ class AdapterManager:
         if bound.fold_refusal is not None:
             raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; serve it unmerged")
         try:
-            for _ in self.measure(bound):
-                pass
+            lost = self.fidelity_of(bound).delta_error
         except Exception as error:
             raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
-        lost = self._fidelity[bound.digest].delta_error
         if not lost <= self._max_delta_error:
             raise DeltaLost(
                 f"folding would change the adapter's delta by {lost:.2f} of its size, more than max_delta_error "

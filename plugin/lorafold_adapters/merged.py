@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.delta import Change, chunks
-from lorafold_adapters.errors import FoldFailed
+from lorafold_adapters.errors import BaseCorrupt, FoldFailed
 from lorafold_adapters.fold import Weights, refuse_unbounded
 from lorafold_adapters.undo import extent
 
@@ -29,10 +29,15 @@ class Merged:
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
-        """The tensor `name` of `live` with the adapter in it, on the CPU, in memory of its own. Raises FoldFailed."""
+        """The tensor `name` of `live` with the adapter in it, on the CPU, in memory of its own.
+
+        Raises FoldFailed, or BaseCorrupt if the base is not what was loaded.
+        """
         if name not in self._parameters:
             return self._saved[name].to("cpu", copy=True)
         base = self._weights.pristine(name).detach()
+        if not self._weights.is_base(name, base):
+            raise BaseCorrupt(f"'{name}' is not what was loaded: load the base again")
         change = self._changes.get(self._weights.first_name(name))
         if change is None:
             return base.to("cpu", copy=True)

@@ -1,77 +1,42 @@
-"""Wires base, plugin, engine and services into one server; health, reflection, and a graceful stop."""
+"""Puts the parts of a server on the network: services, health, reflection, metrics, and a graceful stop."""
 
 import asyncio
 import socket
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
 
 import grpc.aio
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
-from transformers import PreTrainedModel
+from prometheus_client import start_http_server
 
-from lorafold.config import Config, fingerprint_folder, local_model_path
-from lorafold.deployments import Deployments
-from lorafold.engine.kv_cache import SlotCache
-from lorafold.engine.loop import Engine
-from lorafold.engine.runner import Runner
-from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.weights import WeightsControl
+from lorafold.config import Config
 from lorafold.errors import ConfigError
 from lorafold.exports import Exports
 from lorafold.metrics import Metrics
-from lorafold.model import LoadedBase, load_base
+from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.services.deployment import DeploymentService
 from lorafold.services.generation import GenerationService
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
-from lorafold.stamps import StampCheck
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
-from lorafold_adapters import AdapterManager
 from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
-from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
-from lorafold_adapters.policy import TurnTaking
 
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
-Say = Callable[[str], None]
-SERVICES = (
-    "lorafold.v1.GenerationService",
-    "lorafold.v1.DeploymentService",
-    "lorafold.v1.WeightsService",
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What a server is made of, before it listens."""
-
-    config: Config
-    base: LoadedBase
-    manager: AdapterManager
-    engine: Engine
-    deployments: Deployments
-    metrics: Metrics
-    died: "asyncio.Future[BaseException | None]"
-    """Done when the engine has ended: None if it was told to, or else what killed it."""
 
 
 class App:
     """One running server, on the event loop that it was started on."""
 
-    def __init__(self, parts: Parts, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
+    def __init__(self, parts: Parts, server: grpc.aio.Server) -> None:
         self.parts = parts
         self.address = ""
         """Where gRPC listens, with the port that was really taken."""
         self.metrics_address = ""
         """Where Prometheus may ask."""
         self._server = server
-        self._health = health_servicer
+        self._health = parts.health
         self._stop_metrics: Callable[[], None] = lambda: None
         self._watch = asyncio.create_task(self._watch_engine())
 
@@ -115,8 +80,8 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
     app: App | None = None
     try:
         await deploy_all(parts, say)
-        app = App(parts, *make_server(parts))
-        await set_serving(app._health)
+        app = App(parts, make_server(parts))
+        await set_health(parts.health, True)
         await app.listen()
     except BaseException:
         await (asyncio.to_thread(parts.engine.stop) if app is None else app.stop(0))
@@ -140,69 +105,6 @@ def refuse_cheap_mistakes(config: Config) -> None:
             raise ConfigError(f"deployment '{wanted.name}': {error}") from error
 
 
-async def load_parts(config: Config, say: Say) -> Parts:
-    """Everything but the network. Raises ModelUnsupported."""
-    path = local_model_path(config)
-    before = await asyncio.to_thread(model_files, path)
-    base = await timed(say, "loaded the base", lambda: load_base(config.base, path))
-    model = base.model
-    say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
-    entry = cache_entry(fingerprint_folder(config), model, before, await asyncio.to_thread(model_files, path))
-    manager = await timed(say, "read its fingerprint", lambda: attach(model, entry))
-    say(f"  base {manager.base.digest[:12]}")
-    metrics = Metrics(CollectorRegistry())
-    loop = asyncio.get_running_loop()
-    died: asyncio.Future[BaseException | None] = loop.create_future()
-    limits = config.engine
-    cache = SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context))
-    runner = Runner(model, manager, cache)
-    await timed(say, "made the cache", runner.warm_up)
-    say(f"  {cache.slots} sequences of {cache.length} tokens, {cache.nbytes / 1e6:,.0f} MB")
-    engine = make_engine(
-        base, manager, runner, config, metrics, lambda why: loop.call_soon_threadsafe(died.set_result, why)
-    )
-    stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
-    deployments = Deployments(manager, engine, stamps, config.folder)
-    return Parts(
-        config=config,
-        base=base,
-        manager=manager,
-        engine=engine,
-        deployments=deployments,
-        metrics=metrics,
-        died=died,
-    )
-
-
-def attach(model: PreTrainedModel, entry: CacheEntry) -> AdapterManager:
-    """A manager of `model`, whose tensors are read only if their fingerprint is not remembered."""
-    known = entry.read()
-    manager = AdapterManager(model, fingerprint=known)
-    if known is None:
-        entry.write(manager.base)
-    return manager
-
-
-def make_engine(
-    base: LoadedBase,
-    manager: AdapterManager,
-    runner: Runner,
-    config: Config,
-    metrics: Metrics,
-    on_death: Callable[[BaseException | None], object],
-) -> Engine:
-    """An engine, not started yet."""
-    limits = config.engine
-    return Engine(
-        runner=runner,
-        weights=WeightsControl(manager, TurnTaking(config.policy.turn_seconds), metrics.weights_changed),
-        scheduler=Scheduler(slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens),
-        vocabulary=base.vocabulary(),
-        observer=metrics,
-        on_death=on_death,
-    )
-
-
 async def deploy_all(parts: Parts, say: Say) -> None:
     """The deployments of the file. Raises ConfigError that names the one that cannot be made."""
     for wanted in parts.config.deployments:
@@ -213,11 +115,11 @@ async def deploy_all(parts: Parts, say: Say) -> None:
         bound = made.bound
         say(
             f"deployed {made.name}: {made.policy.value}, {bound.checkpoint.kind}, adapter {made.digest[:12]}, "
-            f"bound {len(bound.updates)} of {bound.targeted} modules, base: {made.match}"
+            f"bound {bound.bound} of {bound.targeted} modules, base: {made.match}"
         )
 
 
-def make_server(parts: Parts) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+def make_server(parts: Parts) -> grpc.aio.Server:
     """A gRPC server with every service on it, not listening yet."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     builder = RequestBuilder(parts.base, parts.config.engine)
@@ -227,16 +129,9 @@ def make_server(parts: Parts) -> tuple[grpc.aio.Server, health.aio.HealthService
     exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
     weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(parts.health, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    return server, health_servicer
-
-
-async def set_serving(health_servicer: health.aio.HealthServicer) -> None:
-    """Tells health checks that every service answers."""
-    for service in (*SERVICES, ""):
-        await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return server
 
 
 def serve_metrics(address: str, metrics: Metrics) -> tuple[str, Callable[[], None]]:
@@ -250,11 +145,3 @@ def serve_metrics(address: str, metrics: Metrics) -> tuple[str, Callable[[], Non
         thread.join()
 
     return f"{host}:{http.server_port}", stop
-
-
-async def timed(say: Say, what: str, work: Callable[[], T]) -> T:
-    """Runs `work` in a thread and says how long it took."""
-    start = time.perf_counter()
-    result = await asyncio.to_thread(work)
-    say(f"{what} in {time.perf_counter() - start:.1f} s")
-    return result

@@ -8,7 +8,9 @@ from platformdirs import user_cache_path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import ConfigError
+from lorafold_adapters.manager import MAX_DELTA_ERROR
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.undo import UndoKind
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"
@@ -74,6 +76,17 @@ class EngineConfig(Section):
     """For requests that do not say."""
 
 
+class FoldConfig(Section):
+    """`[fold]`: how adapters are written into the weights, and the base given back."""
+
+    undo: UndoKind = "auto"
+    """Where the base is kept meanwhile: `checkpoint` (its files, mapped into memory: takes none), `host`, `device`, or
+    `sparse` (only what rounding loses, where memory is short; slower). `auto`: `checkpoint` on a CPU, `host` on a GPU.
+    """
+    max_delta_error: Annotated[float, Field(gt=0)] = MAX_DELTA_ERROR
+    """Adapters of whose delta a fold would lose more than this share, by norm, are not folded."""
+
+
 class PolicyConfig(Section):
     """`[policy]`: how adapters share the weights."""
 
@@ -112,6 +125,7 @@ class Config(Section):
     base: BaseConfig
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
+    fold: FoldConfig = FoldConfig()
     policy: PolicyConfig = PolicyConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()

@@ -22,11 +22,22 @@ from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.errors import AdapterUnsupported
+from lorafold_adapters.errors import AdapterUnsupported, DeltaLost
+from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.stamp import Match
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folding:
+    """What folding an adapter would come to."""
+
+    fidelity: Fidelity | None = None
+    """None if it was not measured, as nothing folds the adapter."""
+    refusal: str | None = None
+    """Why the adapter is not folded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +48,7 @@ class Deployment:
     adapter_path: str
     policy: PolicyKind
     bound: BoundAdapter
+    folding: Folding
     match: Match
     """What the adapter's stamp says about the base."""
     etag: str
@@ -47,6 +59,15 @@ class Deployment:
     def digest(self) -> str:
         """Content digest of the adapter."""
         return self.bound.digest
+
+    @property
+    def path(self) -> PolicyKind:
+        """The policy that its requests follow: an adapter that has only one mode is served in that."""
+        if self.policy is PolicyKind.AUTO and self.folding.refusal is not None:
+            return PolicyKind.UNMERGED
+        if self.policy is PolicyKind.AUTO and self.bound.route_refusal is not None:
+            return PolicyKind.MERGED
+        return self.policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +95,7 @@ class Deployments:
         if name in ("", BASE):
             return Target(None, PolicyKind.UNMERGED)
         deployment = self.get(name)
-        foldable = deployment.bound.fold_refusal is None
-        return Target(deployment.digest, deployment.policy if foldable else PolicyKind.UNMERGED)
+        return Target(deployment.digest, deployment.path)
 
     def get(self, name: str) -> Deployment:
         """Raises DeploymentNotFound."""
@@ -99,13 +119,15 @@ class Deployments:
         with self._changing(name):
             if name in self._by_name:
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound, match = await self._stage(adapter_path, policy)
+            bound, match = await self._read(adapter_path)
+            folding = await self._put_on_device(bound, policy)
             now = datetime.now(UTC)
             deployment = Deployment(
                 name=name,
                 adapter_path=adapter_path,
                 policy=policy,
                 bound=bound,
+                folding=folding,
                 match=match,
                 etag=uuid.uuid4().hex,
                 created=now,
@@ -124,14 +146,14 @@ class Deployments:
             path = adapter_path or old.adapter_path
             bound, match = old.bound, old.match
             if adapter_path:
-                bound, match = await self._stage(path, policy)
-            else:
-                await self._put_on_device(bound, policy)
+                bound, match = await self._read(path)
+            folding = await self._put_on_device(bound, policy)
             new = replace(
                 old,
                 adapter_path=path,
                 policy=policy,
                 bound=bound,
+                folding=folding,
                 match=match,
                 etag=uuid.uuid4().hex,
                 updated=datetime.now(UTC),
@@ -150,18 +172,42 @@ class Deployments:
             self._release(old)
         log.info("deployment deleted", name=name, adapter=old.digest)
 
-    async def _stage(self, adapter_path: str, policy: PolicyKind) -> tuple[BoundAdapter, Match]:
-        """Reads, checks and binds an adapter, compares its stamp with the base, and puts it on the device."""
+    async def _read(self, adapter_path: str) -> tuple[BoundAdapter, Match]:
+        """Reads, checks and binds an adapter and compares its stamp with the base."""
         async with self._binding:
             bound = await asyncio.to_thread(self._manager.bind, self._folder / adapter_path)
             match = await asyncio.to_thread(self._stamps.check, bound.checkpoint)
-        await self._put_on_device(bound, policy)
         return bound, match
 
-    async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> None:
-        if policy is PolicyKind.MERGED and bound.fold_refusal is not None:
-            raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; deploy it unmerged")
+    async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> Folding:
+        """Measures what a fold keeps of the adapter if the policy folds it, and loads it.
+
+        Raises AdapterUnsupported or DeltaLost if the policy demands a mode that the adapter does not have.
+        """
+        if policy is PolicyKind.UNMERGED and bound.route_refusal is not None:
+            raise AdapterUnsupported(f"the adapter cannot run unmerged: {bound.route_refusal}; deploy it merged")
+        folding = Folding(refusal=bound.fold_refusal)
+        if policy is not PolicyKind.UNMERGED:
+            folding = await self._measured(bound)
+        if folding.refusal is not None and (policy is PolicyKind.MERGED or bound.route_refusal is not None):
+            self._manager.refuse_fold(bound)
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
+        return folding
+
+    async def _measured(self, bound: BoundAdapter) -> Folding:
+        """What a fold would keep; measured parameter by parameter, with steps of the engine between them."""
+        if bound.fold_refusal is not None:
+            return Folding(refusal=bound.fold_refusal)
+        parameters = self._manager.measure(bound)
+        while await asyncio.wrap_future(self._engine.call(lambda: next(parameters, None))) is not None:
+            pass
+        fidelity = self._manager.fidelity_of(bound)
+        try:
+            self._manager.refuse_fold(bound)
+        except DeltaLost as error:
+            log.warning("adapter stays unmerged", adapter=bound.digest, reason=str(error))
+            return Folding(fidelity=fidelity, refusal=str(error))
+        return Folding(fidelity=fidelity)
 
     def _release(self, deployment: Deployment) -> None:
         self._engine.call(lambda: self._engine.weights.release(deployment.digest))

@@ -12,6 +12,7 @@ LorafoldError
 ├── DeadlineExceeded        the request's own deadline passed before it was done
 ├── ExportOff               this server writes no exports
 ├── StepFailed              the model failed on the batch the request was in
+├── BaseReloading           the base was found damaged and is being loaded again
 └── EngineStopped           the engine takes no more requests
 
 Knows no gRPC: `services/status.py` maps these classes to status codes.
@@ -67,6 +68,10 @@ class ExportOff(LorafoldError):
 
 class StepFailed(LorafoldError):
     """The model failed on the batch the request was in."""
+
+
+class BaseReloading(LorafoldError):
+    """The base was found damaged while the request ran, and is being loaded again."""
 
 
 class EngineStopped(LorafoldError):

@@ -133,9 +133,24 @@ def as_dict(item: "Deployment") -> dict[str, object]:
         "kind": item.adapter_kind,
         "bound": f"{item.bound_modules} of {item.adapter_modules} modules",
         "base_match": BaseMatch.Name(item.base_match).removeprefix("BASE_MATCH_").lower().replace("_", " "),
+        **folding_dict(item),
         "etag": item.etag,
         "updated": item.update_time.ToJsonString(),
     }
+
+
+def folding_dict(item: "Deployment") -> dict[str, object]:
+    """What a fold keeps of the adapter, and the modes it is refused."""
+    found: dict[str, object] = {}
+    if item.HasField("fidelity"):
+        found["delta_over_weight"] = round(item.fidelity.delta_over_weight, 6)
+        found["delta_error"] = round(item.fidelity.delta_error, 6)
+        found["unchanged_share"] = round(item.fidelity.unchanged_share, 6)
+    if item.fold_refusal:
+        found["not_folded"] = item.fold_refusal
+    if item.route_refusal:
+        found["not_unmerged"] = item.route_refusal
+    return found
 
 
 def show(item: "Deployment", as_json: bool) -> None:

@@ -62,4 +62,4 @@ def stamp_for(adapter: Path, base: str, force: bool) -> "tuple[Stamp, int]":
             "give --force if the stamp is wrong"
         )
     name = Path(base).resolve().name if Path(base).is_dir() else base
-    return make_stamp(checkpoint, model, manager.base, name), len(bound.updates)
+    return make_stamp(checkpoint, model, manager.base, name), bound.bound

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lorafold.errors import EngineStopped
-from lorafold_adapters.errors import BaseCorrupt
 
 T = TypeVar("T")
 GONE = "the server is stopping or its engine has failed: send the request to another one"
@@ -51,8 +50,6 @@ class Inbox:
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
-                if isinstance(error, BaseCorrupt):
-                    raise
 
         def refuse(error: EngineStopped) -> None:
             if future.set_running_or_notify_cancel():

@@ -22,9 +22,9 @@ from lorafold.engine.runner import Piece, Runner
 from lorafold.engine.sampling import Choice, choose, logprobs_of
 from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
-from lorafold.errors import DeadlineExceeded, EngineStopped, StepFailed
+from lorafold.errors import BaseReloading, DeadlineExceeded, EngineStopped, StepFailed
 from lorafold.requests import Failed, Provenance, Request, Sink
-from lorafold_adapters.errors import BaseCorrupt, DeviceFull, LorafoldError
+from lorafold_adapters.errors import DeviceFull, LorafoldError
 from lorafold_adapters.policy import Lane, PolicyKind
 
 T = TypeVar("T")
@@ -43,7 +43,9 @@ class Engine:
         vocabulary: Vocabulary,
         observer: Observer,
         on_death: Callable[[BaseException | None], object],
+        on_health: Callable[[bool], object] = lambda _: None,
     ) -> None:
+        """`on_health` is told False while the base is damaged, and True when it is whole again."""
         self.weights = weights
         """Only for functions handed to `call`."""
         self._runner = runner
@@ -51,6 +53,7 @@ class Engine:
         self._vocabulary = vocabulary
         self._observer = observer
         self._on_death = on_death
+        self._on_health = on_health
         self._inbox = Inbox()
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="lorafold-engine", daemon=True)
@@ -101,6 +104,8 @@ class Engine:
             while not self._stopping:
                 self._inbox.run_all(wait=0 if self._scheduler.rows else None)
                 self._expire()
+                if self.weights.damaged:
+                    self._recover()
                 self._step()
                 self._tidy()
         except BaseException as error:
@@ -199,14 +204,22 @@ class Engine:
 
     def _turn_failed(self, failure: TurnFailed) -> None:
         """Rows that may run two-path do; the others fail with the reason."""
-        if isinstance(failure.error, BaseCorrupt):
-            raise failure.error
         log.error("fold failed", adapter=failure.lane, error=str(failure.error))
         for row in self._scheduler.running:
             if row.lane == failure.lane and row.request.policy is PolicyKind.MERGED:
                 self._fail(row, failure.error)
             elif row.lane == failure.lane:
                 row.lane = None
+
+    def _recover(self) -> None:
+        """Nothing runs on a damaged base, and nothing that ran on it goes on. Raises BaseCorrupt if that stays."""
+        self._on_health(False)
+        for row in list(self._scheduler.running):
+            self._fail(
+                row, BaseReloading("the base was found damaged and is being loaded again: send the request again")
+            )
+        self.weights.recover()
+        self._on_health(True)
 
     def _run(self, parts: list[Part], lane: Lane) -> None:
         start = self.now()

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import structlog
+from torch import nn
 
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.errors import AdapterNotLoaded, LorafoldError
+from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, LorafoldError
 from lorafold_adapters.policy import Lane, LaneView, Policy, PolicyKind
 
 log = structlog.get_logger(__name__)
@@ -26,6 +27,10 @@ class WeightsState:
     """Content digest; None: the weights are the base's."""
     pinned: bool
     reason: str
+    undo_bytes: int
+    """Memory that is held to give the base back."""
+    reloads: int
+    """How often the base was found damaged and loaded again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +54,18 @@ class Verification:
 class WeightsControl:
     """Carries out plans. Every method runs on the engine's thread, between steps."""
 
-    def __init__(self, manager: AdapterManager, policy: Policy, on_change: Callable[[Change], None]) -> None:
+    def __init__(
+        self,
+        manager: AdapterManager,
+        policy: Policy,
+        on_change: Callable[[Change], None],
+        load_base: Callable[[], nn.Module],
+    ) -> None:
+        """`load_base` loads the base anew, for a base that turned out damaged."""
         self._manager = manager
+        self._load_base = load_base
+        self._damaged = False
+        self._reloads = 0
         self._policy = policy
         self._on_change = on_change
         self._wanted: Counter[str] = Counter()
@@ -68,7 +83,32 @@ class WeightsControl:
             folded=fold.folded,
             pinned=self._pinned is not None,
             reason=self._reason,
+            undo_bytes=fold.undo_bytes,
+            reloads=self._reloads,
         )
+
+    @property
+    def damaged(self) -> bool:
+        """True if the weights may be neither the base's nor an adapter's: nothing may run on them until `recover`."""
+        return self._damaged or self._manager.fold_state.dirty
+
+    def recover(self) -> None:
+        """Gives the base back once more, or else loads it again. Raises BaseCorrupt if that does not help either."""
+        start = time.perf_counter()
+        self._pinned = None
+        try:
+            if self._damaged:
+                raise BaseCorrupt(self._reason)
+            self._manager.unmerge_adapter()
+            self._reason = "given back at the second attempt"
+        except BaseCorrupt as error:
+            log.critical("base is damaged: loading it again", error=str(error))
+            self._manager.reload(self._load_base())
+            self._reloads += 1
+            self._reason = f"loaded again: {error}"
+        self._damaged = False
+        self._on_change(Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=0))
+        log.warning("base is whole again", generation=self.state.generation, reason=self._reason)
 
     @property
     def held(self) -> str | None:
@@ -86,7 +126,7 @@ class WeightsControl:
     def next_lane(self, rows: dict[Lane, int], now: float) -> Lane:
         """Plans the next step and makes the weights what it needs.
 
-        Raises TurnFailed if the adapter cannot be folded, BaseCorrupt if the base is lost.
+        Raises TurnFailed if the adapter cannot be folded; the base may be damaged then.
         """
         plan = self._policy.plan(self._view(rows), now)
         if plan.folded == self._manager.fold_state.folded:
@@ -116,7 +156,10 @@ class WeightsControl:
         """Gives the base back, reads every weight, and folds again what was pinned."""
         self._change(None, "given back by VerifyBase")
         mismatched = self._manager.verify_base()
-        if self._pinned is not None:
+        if mismatched:
+            self._damaged = True
+            self._reason = f"{len(mismatched)} tensors are not what was loaded, '{mismatched[0]}' for one"
+        elif self._pinned is not None:
             self._change(self._pinned, "held by MergeAdapter")
         base = self._manager.base
         return Verification(tensors=len(base.tensors), mismatched=tuple(mismatched), base_fingerprint=base.digest)
@@ -176,7 +219,7 @@ class WeightsControl:
 
 
 class TurnFailed(Exception):
-    """The lane's adapter could not be folded; the base is back unless the cause is BaseCorrupt."""
+    """The lane's adapter could not be folded; the base is back unless `WeightsControl.damaged`."""
 
     def __init__(self, lane: Lane, error: LorafoldError) -> None:
         super().__init__(str(error))

@@ -12,6 +12,7 @@ from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold.v1 import deployment_pb2_grpc
+from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.stamp import Match
 
@@ -124,10 +125,24 @@ def message_of(deployment: Deployment) -> pb.Deployment:
         policy=POLICIES[deployment.policy],
         adapter_digest=deployment.digest,
         adapter_kind=deployment.bound.checkpoint.kind,
-        bound_modules=len(deployment.bound.updates),
+        bound_modules=deployment.bound.bound,
         adapter_modules=deployment.bound.targeted,
         base_match=MATCHES[deployment.match],
+        fidelity=fidelity_of(deployment.folding.fidelity),
+        fold_refusal=deployment.folding.refusal,
+        route_refusal=deployment.bound.route_refusal,
         etag=deployment.etag,
         create_time=created,
         update_time=updated,
+    )
+
+
+def fidelity_of(found: Fidelity | None) -> pb.Fidelity | None:
+    """The report on a fold, for clients."""
+    if found is None:
+        return None
+    return pb.Fidelity(
+        delta_over_weight=found.delta_over_weight,
+        delta_error=found.delta_error,
+        unchanged_share=found.unchanged_share,
     )

@@ -32,6 +32,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (server.ExportOff, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_FOLDER_UNSET"),
     (server.EngineStopped, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+    (server.BaseReloading, grpc.StatusCode.UNAVAILABLE, "BASE_RELOADING"),
     (server.StepFailed, grpc.StatusCode.INTERNAL, "STEP_FAILED"),
     (plugin.DeviceFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_FULL"),
     (plugin.AdapterNotFound, grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
@@ -39,16 +40,16 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (plugin.AdapterUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSUPPORTED"),
     (plugin.BaseMismatch, grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH"),
     (plugin.AdapterUnstamped, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSTAMPED"),
+    (plugin.DeltaLost, grpc.StatusCode.FAILED_PRECONDITION, "DELTA_LOST"),
     (plugin.AdapterNotLoaded, grpc.StatusCode.ABORTED, "ADAPTER_GONE"),
     (plugin.AdapterInUse, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_IN_USE"),
-    (plugin.DeltaLost, grpc.StatusCode.FAILED_PRECONDITION, "DELTA_LOST"),
     (plugin.ExportExists, grpc.StatusCode.ALREADY_EXISTS, "EXPORT_EXISTS"),
     (plugin.ExportFailed, grpc.StatusCode.INTERNAL, "EXPORT_FAILED"),
     (plugin.ExportUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_UNSUPPORTED"),
     (plugin.FoldFailed, grpc.StatusCode.INTERNAL, "FOLD_FAILED"),
     (plugin.BaseCorrupt, grpc.StatusCode.DATA_LOSS, "BASE_CORRUPT"),
 )
-RETRIABLE = {"QUEUE_FULL", "DEPLOYMENT_BUSY", "DRAINING", "ADAPTER_GONE"}
+RETRIABLE = {"QUEUE_FULL", "DEPLOYMENT_BUSY", "DRAINING", "ADAPTER_GONE", "BASE_RELOADING"}
 
 
 def code_and_reason(error: LorafoldError) -> tuple[grpc.StatusCode, str]:

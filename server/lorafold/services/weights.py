@@ -95,6 +95,8 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             deployments=self._deployments.pointing_at(state.folded) if state.folded else [],
             pinned=state.pinned,
             reason=state.reason,
+            undo_bytes=state.undo_bytes,
+            reloads=state.reloads,
             base_fingerprint=self._base_fingerprint,
         )
 

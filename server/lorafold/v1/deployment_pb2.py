@@ -26,39 +26,41 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafold/v1/deployment.proto\x12\x0blorafold.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x02\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x02 \x01(\t\x12#\n\x06policy\x18\x03 \x01(\x0e\x32\x13.lorafold.v1.Policy\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_kind\x18\x05 \x01(\t\x12\x15\n\rbound_modules\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x64\x61pter_modules\x18\x07 \x01(\r\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\nbase_match\x18\x0b \x01(\x0e\x32\x16.lorafold.v1.BaseMatch\"F\n\x17\x43reateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"G\n\x18\x43reateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15GetDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"`\n\x17ListDeploymentsResponse\x12,\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x17.lorafold.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"w\n\x17UpdateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"G\n\x18UpdateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"5\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse*r\n\tBaseMatch\x12\x1a\n\x16\x42\x41SE_MATCH_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42\x41SE_MATCH_SAME\x10\x01\x12\x1a\n\x16\x42\x41SE_MATCH_OTHER_DTYPE\x10\x02\x12\x18\n\x14\x42\x41SE_MATCH_UNSTAMPED\x10\x03*Y\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x11\n\rPOLICY_MERGED\x10\x01\x12\x13\n\x0fPOLICY_UNMERGED\x10\x02\x12\x0f\n\x0bPOLICY_AUTO\x10\x03\x32\xec\x03\n\x11\x44\x65ploymentService\x12_\n\x10\x43reateDeployment\x12$.lorafold.v1.CreateDeploymentRequest\x1a%.lorafold.v1.CreateDeploymentResponse\x12V\n\rGetDeployment\x12!.lorafold.v1.GetDeploymentRequest\x1a\".lorafold.v1.GetDeploymentResponse\x12\\\n\x0fListDeployments\x12#.lorafold.v1.ListDeploymentsRequest\x1a$.lorafold.v1.ListDeploymentsResponse\x12_\n\x10UpdateDeployment\x12$.lorafold.v1.UpdateDeploymentRequest\x1a%.lorafold.v1.UpdateDeploymentResponse\x12_\n\x10\x44\x65leteDeployment\x12$.lorafold.v1.DeleteDeploymentRequest\x1a%.lorafold.v1.DeleteDeploymentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafold/v1/deployment.proto\x12\x0blorafold.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa5\x03\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x02 \x01(\t\x12#\n\x06policy\x18\x03 \x01(\x0e\x32\x13.lorafold.v1.Policy\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_kind\x18\x05 \x01(\t\x12\x15\n\rbound_modules\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x64\x61pter_modules\x18\x07 \x01(\r\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\nbase_match\x18\x0b \x01(\x0e\x32\x16.lorafold.v1.BaseMatch\x12\'\n\x08\x66idelity\x18\x0c \x01(\x0b\x32\x15.lorafold.v1.Fidelity\x12\x14\n\x0c\x66old_refusal\x18\r \x01(\t\x12\x15\n\rroute_refusal\x18\x0e \x01(\t\"S\n\x08\x46idelity\x12\x19\n\x11\x64\x65lta_over_weight\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65lta_error\x18\x02 \x01(\x01\x12\x17\n\x0funchanged_share\x18\x03 \x01(\x01\"F\n\x17\x43reateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"G\n\x18\x43reateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15GetDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"`\n\x17ListDeploymentsResponse\x12,\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x17.lorafold.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"w\n\x17UpdateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"G\n\x18UpdateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"5\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse*r\n\tBaseMatch\x12\x1a\n\x16\x42\x41SE_MATCH_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42\x41SE_MATCH_SAME\x10\x01\x12\x1a\n\x16\x42\x41SE_MATCH_OTHER_DTYPE\x10\x02\x12\x18\n\x14\x42\x41SE_MATCH_UNSTAMPED\x10\x03*Y\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x11\n\rPOLICY_MERGED\x10\x01\x12\x13\n\x0fPOLICY_UNMERGED\x10\x02\x12\x0f\n\x0bPOLICY_AUTO\x10\x03\x32\xec\x03\n\x11\x44\x65ploymentService\x12_\n\x10\x43reateDeployment\x12$.lorafold.v1.CreateDeploymentRequest\x1a%.lorafold.v1.CreateDeploymentResponse\x12V\n\rGetDeployment\x12!.lorafold.v1.GetDeploymentRequest\x1a\".lorafold.v1.GetDeploymentResponse\x12\\\n\x0fListDeployments\x12#.lorafold.v1.ListDeploymentsRequest\x1a$.lorafold.v1.ListDeploymentsResponse\x12_\n\x10UpdateDeployment\x12$.lorafold.v1.UpdateDeploymentRequest\x1a%.lorafold.v1.UpdateDeploymentResponse\x12_\n\x10\x44\x65leteDeployment\x12$.lorafold.v1.DeleteDeploymentRequest\x1a%.lorafold.v1.DeleteDeploymentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafold.v1.deployment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BASEMATCH']._serialized_start=1143
-  _globals['_BASEMATCH']._serialized_end=1257
-  _globals['_POLICY']._serialized_start=1259
-  _globals['_POLICY']._serialized_end=1348
+  _globals['_BASEMATCH']._serialized_start=1314
+  _globals['_BASEMATCH']._serialized_end=1428
+  _globals['_POLICY']._serialized_start=1430
+  _globals['_POLICY']._serialized_end=1519
   _globals['_DEPLOYMENT']._serialized_start=113
-  _globals['_DEPLOYMENT']._serialized_end=448
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=450
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=520
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=522
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=593
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=595
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=631
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=633
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=701
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=703
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=766
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=768
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=864
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=866
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=985
-  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_start=987
-  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_end=1058
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=1060
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=1113
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=1115
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=1141
-  _globals['_DEPLOYMENTSERVICE']._serialized_start=1351
-  _globals['_DEPLOYMENTSERVICE']._serialized_end=1843
+  _globals['_DEPLOYMENT']._serialized_end=534
+  _globals['_FIDELITY']._serialized_start=536
+  _globals['_FIDELITY']._serialized_end=619
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=621
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=691
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=693
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=764
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=766
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=802
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=804
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=872
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=874
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=937
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=939
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1035
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=1037
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=1156
+  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_start=1158
+  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_end=1229
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=1231
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=1284
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=1286
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=1312
+  _globals['_DEPLOYMENTSERVICE']._serialized_start=1522
+  _globals['_DEPLOYMENTSERVICE']._serialized_end=2014
 # @@protoc_insertion_point(module_scope)

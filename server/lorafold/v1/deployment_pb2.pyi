@@ -34,7 +34,7 @@ POLICY_UNMERGED: Policy
 POLICY_AUTO: Policy
 
 class Deployment(_message.Message):
-    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match")
+    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,9 @@ class Deployment(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
     BASE_MATCH_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    FOLD_REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     name: str
     adapter_path: str
     policy: Policy
@@ -57,7 +60,20 @@ class Deployment(_message.Message):
     create_time: _timestamp_pb2.Timestamp
     update_time: _timestamp_pb2.Timestamp
     base_match: BaseMatch
-    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ...) -> None: ...
+    fidelity: Fidelity
+    fold_refusal: str
+    route_refusal: str
+    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ...) -> None: ...
+
+class Fidelity(_message.Message):
+    __slots__ = ("delta_over_weight", "delta_error", "unchanged_share")
+    DELTA_OVER_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DELTA_ERROR_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    delta_over_weight: float
+    delta_error: float
+    unchanged_share: float
+    def __init__(self, delta_over_weight: _Optional[float] = ..., delta_error: _Optional[float] = ..., unchanged_share: _Optional[float] = ...) -> None: ...
 
 class CreateDeploymentRequest(_message.Message):
     __slots__ = ("deployment",)

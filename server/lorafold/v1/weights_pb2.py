@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorafold/v1/weights.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"\x86\x01\n\tFoldState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65ployments\x18\x03 \x03(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\"\x15\n\x13GetFoldStateRequest\"B\n\x14GetFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\")\n\x13MergeAdapterRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x86\x01\n\x14MergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12,\n\tfold_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"\x17\n\x15UnmergeAdapterRequest\"u\n\x16UnmergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12/\n\x0crestore_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11VerifyBaseRequest\"m\n\x12VerifyBaseResponse\x12\x10\n\x08restored\x18\x01 \x01(\x08\x12\x17\n\x0ftensors_checked\x18\x02 \x01(\r\x12\x12\n\nmismatched\x18\x03 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\"P\n\x13\x45xportMergedRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0fmax_shard_bytes\x18\x03 \x01(\x04\"\x80\x01\n\x14\x45xportMergedResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.ExportProgressH\x00\x12.\n\x08\x65xported\x18\x02 \x01(\x0b\x32\x1a.lorafold.v1.ExportSummaryH\x00\x42\x07\n\x05\x65vent\"f\n\x0e\x45xportProgress\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\"\x93\x01\n\rExportSummary\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65lta_error\x18\x07 \x01(\x01\x32\xbb\x03\n\x0eWeightsService\x12S\n\x0cGetFoldState\x12 .lorafold.v1.GetFoldStateRequest\x1a!.lorafold.v1.GetFoldStateResponse\x12S\n\x0cMergeAdapter\x12 .lorafold.v1.MergeAdapterRequest\x1a!.lorafold.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".lorafold.v1.UnmergeAdapterRequest\x1a#.lorafold.v1.UnmergeAdapterResponse\x12M\n\nVerifyBase\x12\x1e.lorafold.v1.VerifyBaseRequest\x1a\x1f.lorafold.v1.VerifyBaseResponse\x12U\n\x0c\x45xportMerged\x12 .lorafold.v1.ExportMergedRequest\x1a!.lorafold.v1.ExportMergedResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorafold/v1/weights.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"\xab\x01\n\tFoldState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65ployments\x18\x03 \x03(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x12\n\nundo_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07reloads\x18\x08 \x01(\r\"\x15\n\x13GetFoldStateRequest\"B\n\x14GetFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\")\n\x13MergeAdapterRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x86\x01\n\x14MergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12,\n\tfold_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"\x17\n\x15UnmergeAdapterRequest\"u\n\x16UnmergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12/\n\x0crestore_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11VerifyBaseRequest\"m\n\x12VerifyBaseResponse\x12\x10\n\x08restored\x18\x01 \x01(\x08\x12\x17\n\x0ftensors_checked\x18\x02 \x01(\r\x12\x12\n\nmismatched\x18\x03 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\"P\n\x13\x45xportMergedRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0fmax_shard_bytes\x18\x03 \x01(\x04\"\x80\x01\n\x14\x45xportMergedResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.ExportProgressH\x00\x12.\n\x08\x65xported\x18\x02 \x01(\x0b\x32\x1a.lorafold.v1.ExportSummaryH\x00\x42\x07\n\x05\x65vent\"f\n\x0e\x45xportProgress\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\"\x93\x01\n\rExportSummary\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65lta_error\x18\x07 \x01(\x01\x32\xbb\x03\n\x0eWeightsService\x12S\n\x0cGetFoldState\x12 .lorafold.v1.GetFoldStateRequest\x1a!.lorafold.v1.GetFoldStateResponse\x12S\n\x0cMergeAdapter\x12 .lorafold.v1.MergeAdapterRequest\x1a!.lorafold.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".lorafold.v1.UnmergeAdapterRequest\x1a#.lorafold.v1.UnmergeAdapterResponse\x12M\n\nVerifyBase\x12\x1e.lorafold.v1.VerifyBaseRequest\x1a\x1f.lorafold.v1.VerifyBaseResponse\x12U\n\x0c\x45xportMerged\x12 .lorafold.v1.ExportMergedRequest\x1a!.lorafold.v1.ExportMergedResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,31 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafold.v1.weights_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FOLDSTATE']._serialized_start=75
-  _globals['_FOLDSTATE']._serialized_end=209
-  _globals['_GETFOLDSTATEREQUEST']._serialized_start=211
-  _globals['_GETFOLDSTATEREQUEST']._serialized_end=232
-  _globals['_GETFOLDSTATERESPONSE']._serialized_start=234
-  _globals['_GETFOLDSTATERESPONSE']._serialized_end=300
-  _globals['_MERGEADAPTERREQUEST']._serialized_start=302
-  _globals['_MERGEADAPTERREQUEST']._serialized_end=343
-  _globals['_MERGEADAPTERRESPONSE']._serialized_start=346
-  _globals['_MERGEADAPTERRESPONSE']._serialized_end=480
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=482
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=505
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=507
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=624
-  _globals['_VERIFYBASEREQUEST']._serialized_start=626
-  _globals['_VERIFYBASEREQUEST']._serialized_end=645
-  _globals['_VERIFYBASERESPONSE']._serialized_start=647
-  _globals['_VERIFYBASERESPONSE']._serialized_end=756
-  _globals['_EXPORTMERGEDREQUEST']._serialized_start=758
-  _globals['_EXPORTMERGEDREQUEST']._serialized_end=838
-  _globals['_EXPORTMERGEDRESPONSE']._serialized_start=841
-  _globals['_EXPORTMERGEDRESPONSE']._serialized_end=969
-  _globals['_EXPORTPROGRESS']._serialized_start=971
-  _globals['_EXPORTPROGRESS']._serialized_end=1073
-  _globals['_EXPORTSUMMARY']._serialized_start=1076
-  _globals['_EXPORTSUMMARY']._serialized_end=1223
-  _globals['_WEIGHTSSERVICE']._serialized_start=1226
-  _globals['_WEIGHTSSERVICE']._serialized_end=1669
+  _globals['_FOLDSTATE']._serialized_end=246
+  _globals['_GETFOLDSTATEREQUEST']._serialized_start=248
+  _globals['_GETFOLDSTATEREQUEST']._serialized_end=269
+  _globals['_GETFOLDSTATERESPONSE']._serialized_start=271
+  _globals['_GETFOLDSTATERESPONSE']._serialized_end=337
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=339
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=380
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=383
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=517
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=519
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=542
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=544
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=661
+  _globals['_VERIFYBASEREQUEST']._serialized_start=663
+  _globals['_VERIFYBASEREQUEST']._serialized_end=682
+  _globals['_VERIFYBASERESPONSE']._serialized_start=684
+  _globals['_VERIFYBASERESPONSE']._serialized_end=793
+  _globals['_EXPORTMERGEDREQUEST']._serialized_start=795
+  _globals['_EXPORTMERGEDREQUEST']._serialized_end=875
+  _globals['_EXPORTMERGEDRESPONSE']._serialized_start=878
+  _globals['_EXPORTMERGEDRESPONSE']._serialized_end=1006
+  _globals['_EXPORTPROGRESS']._serialized_start=1008
+  _globals['_EXPORTPROGRESS']._serialized_end=1110
+  _globals['_EXPORTSUMMARY']._serialized_start=1113
+  _globals['_EXPORTSUMMARY']._serialized_end=1260
+  _globals['_WEIGHTSSERVICE']._serialized_start=1263
+  _globals['_WEIGHTSSERVICE']._serialized_end=1706
 # @@protoc_insertion_point(module_scope)

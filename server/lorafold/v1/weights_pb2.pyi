@@ -10,20 +10,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FoldState(_message.Message):
-    __slots__ = ("generation", "adapter_digest", "deployments", "pinned", "reason", "base_fingerprint")
+    __slots__ = ("generation", "adapter_digest", "deployments", "pinned", "reason", "base_fingerprint", "undo_bytes", "reloads")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENTS_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    UNDO_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RELOADS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     adapter_digest: str
     deployments: _containers.RepeatedScalarFieldContainer[str]
     pinned: bool
     reason: str
     base_fingerprint: str
-    def __init__(self, generation: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., deployments: _Optional[_Iterable[str]] = ..., pinned: _Optional[bool] = ..., reason: _Optional[str] = ..., base_fingerprint: _Optional[str] = ...) -> None: ...
+    undo_bytes: int
+    reloads: int
+    def __init__(self, generation: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., deployments: _Optional[_Iterable[str]] = ..., pinned: _Optional[bool] = ..., reason: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., undo_bytes: _Optional[int] = ..., reloads: _Optional[int] = ...) -> None: ...
 
 class GetFoldStateRequest(_message.Message):
     __slots__ = ()

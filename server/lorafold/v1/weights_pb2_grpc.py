@@ -88,7 +88,8 @@ class WeightsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def VerifyBase(self, request, context):
-        """Gives the base weights back between two steps and compares every tensor with its digest taken at load.
+        """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+        differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

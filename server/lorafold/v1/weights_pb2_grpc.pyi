@@ -41,7 +41,9 @@ class WeightsServiceStub:
     UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_weights_pb2.UnmergeAdapterRequest, _weights_pb2.UnmergeAdapterResponse]
     """Gives the base weights back bit for bit and hands control to the policies again."""
     VerifyBase: _grpc.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]
-    """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+    """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+    differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+    """
     ExportMerged: _grpc.UnaryStreamMultiCallable[_weights_pb2.ExportMergedRequest, _weights_pb2.ExportMergedResponse]
     """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
     go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
@@ -60,7 +62,9 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_weights_pb2.UnmergeAdapterRequest, _weights_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
     """Gives the base weights back bit for bit and hands control to the policies again."""
     VerifyBase: _aio.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]  # type: ignore[assignment]
-    """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+    """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+    differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+    """
     ExportMerged: _aio.UnaryStreamMultiCallable[_weights_pb2.ExportMergedRequest, _weights_pb2.ExportMergedResponse]  # type: ignore[assignment]
     """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
     go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
@@ -100,7 +104,9 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.VerifyBaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.VerifyBaseResponse, _abc.Awaitable[_weights_pb2.VerifyBaseResponse]]:
-        """Gives the base weights back between two steps and compares every tensor with its digest taken at load."""
+        """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
+        differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+        """
 
     @_abc_1.abstractmethod
     def ExportMerged(

@@ -1,0 +1,171 @@
+"""A base that cannot be given back, or is not what was loaded: nothing runs on it, and it is loaded again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lorafold.errors import BaseReloading, EngineStopped
+from lorafold.requests import Failed, Finished
+from lorafold.v1 import weights_pb2 as pb
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.errors import BaseCorrupt
+from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.undo import Copies
+from tests.conftest import demo_config, serving
+from tests.engines import Bench
+from tests.models import KINDS, assert_same_weights, tiny_llama, weights_of
+
+MakeAdapter = Callable[..., Path]
+PROMPT = [5, 6, 7]
+health_stub: Any = health_pb2_grpc.HealthStub
+CORRUPT = "model.layers.1.self_attn.v_proj.weight"
+
+
+def damage_the_copies(manager: AdapterManager) -> None:
+    """One bit of what the base would be given back from."""
+    undo = manager._weights._undo
+    assert isinstance(undo, Copies)
+    undo._kept[CORRUPT].view(torch.int32)[3, 5] ^= 1
+
+
+def test_a_dirty_manager_refuses_everything_until_it_is_clean(
+    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    before = weights_of(model)
+    manager = AdapterManager(model)
+    manager.load("it", adapter_on_llama(**KINDS["plain"]))
+    manager.merge_adapter("it")
+    monkeypatch.setattr(manager._weights._undo, "restore", lambda _: (_ for _ in ()).throw(MemoryError("injected")))
+    with pytest.raises(BaseCorrupt, match="injected"):
+        manager.unmerge_adapter()
+    assert manager.fold_state.dirty
+    for call in (
+        lambda: manager.merge_adapter("it"),
+        lambda: manager.routed(["it"]).__enter__(),
+        manager.verify_base,
+    ):
+        with pytest.raises(BaseCorrupt, match="neither"):
+            call()
+    monkeypatch.undo()
+    manager.unmerge_adapter()
+    assert not manager.fold_state.dirty
+    assert_same_weights(model, before)
+
+
+def test_a_damaged_copy_is_found_after_the_unfold_and_the_base_is_loaded_again(adapter_on_llama: MakeAdapter) -> None:
+    model = tiny_llama()
+    before = weights_of(model)
+    manager = AdapterManager(model)
+    manager.load("it", adapter_on_llama(**KINDS["plain"]))
+    manager.merge_adapter("it")
+    damage_the_copies(manager)
+    with pytest.raises(BaseCorrupt, match="v_proj"):
+        manager.unmerge_adapter()
+    with pytest.raises(BaseCorrupt, match="not what was loaded"):
+        manager.reload(tiny_llama(seed=5))  # Not this base.
+    assert manager.fold_state.dirty
+    manager.reload(tiny_llama())
+    assert_same_weights(model, before)
+    manager.merge_adapter("it")
+    manager.unmerge_adapter()
+    assert_same_weights(model, before)
+
+
+def test_the_engine_fails_what_ran_and_answers_what_waited(adapter_on_llama: MakeAdapter) -> None:
+    loads: list[int] = []
+
+    def load_base() -> torch.nn.Module:
+        loads.append(1)
+        return tiny_llama()
+
+    with Bench(tiny_llama(), slots=2) as bench:
+        expected = bench.submit("expected", PROMPT, 30)
+        assert isinstance(expected.last, Finished)
+    with Bench(tiny_llama(), slots=2, load_base=load_base, turn=1e9) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        bench.engine.merge(digest).result(30)
+        merged = [
+            bench.submit(name, PROMPT, 100_000, adapter=digest, policy=PolicyKind.MERGED) for name in ("one", "two")
+        ]
+        waiting = bench.submit("waiting", PROMPT, 30)
+        bench.engine.call(lambda: damage_the_copies(bench.manager)).result(30)
+        with pytest.raises(BaseCorrupt):
+            bench.engine.unmerge().result(30)
+        for answer in merged:
+            assert isinstance(answer.last, Failed)
+            assert isinstance(answer.last.error, BaseReloading)
+        assert isinstance(waiting.last, Finished)
+        assert waiting.tokens == expected.tokens
+        assert bench.recorder.health == [False, True]
+        assert len(loads) == 1
+        state = bench.engine.call(lambda: bench.engine.weights.state).result(30)
+        assert (state.reloads, state.folded) == (1, None)
+        again = bench.submit("again", PROMPT, adapter=digest, policy=PolicyKind.MERGED)
+        assert isinstance(again.last, Finished)
+
+
+def test_a_base_that_was_given_back_at_the_second_attempt_is_not_loaded_again(
+    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_base() -> torch.nn.Module:
+        raise AssertionError("not needed")
+
+    with Bench(tiny_llama(), load_base=load_base) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        bench.engine.merge(digest).result(30)
+        undo = bench.manager._weights._undo
+        real, calls = undo.restore, [0]
+
+        def restore(name: str) -> None:
+            calls[0] += 1
+            if calls[0] == 2:
+                raise MemoryError("injected")
+            real(name)
+
+        monkeypatch.setattr(undo, "restore", restore)
+        with pytest.raises(BaseCorrupt, match="injected"):
+            bench.engine.unmerge().result(30)
+        assert isinstance(bench.submit("later", PROMPT).last, Finished)
+        assert bench.recorder.health == [False, True]
+        assert bench.engine.call(bench.engine.weights.verify).result(30).mismatched == ()
+
+
+def test_a_base_that_stays_damaged_ends_the_engine(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama(), load_base=lambda: tiny_llama(seed=5)) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        bench.engine.merge(digest).result(30)
+        running = bench.submit("running", PROMPT, 100_000, adapter=digest, policy=PolicyKind.MERGED)
+        bench.engine.call(lambda: damage_the_copies(bench.manager)).result(30)
+        with pytest.raises(BaseCorrupt):
+            bench.engine.unmerge().result(30)
+        assert isinstance(running.last, Failed)
+        with pytest.raises(EngineStopped):
+            bench.engine.call(lambda: 1).result(30)
+    assert isinstance(bench.recorder.death[0], BaseCorrupt)
+    assert bench.recorder.health == [False]
+
+
+def test_clients_see_the_quarantine_and_the_right_answer_after_it() -> None:
+    Status = health_pb2.HealthCheckResponse
+    with serving(demo_config()) as server, grpc.insecure_channel(server.address) as channel:
+        watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == Status.SERVING
+        expected = server.client.generate("hello", deployment="upper", max_tokens=8).text
+        weight = server.app.parts.base.model.get_parameter("model.layers.0.input_layernorm.weight")
+        engine = server.app.parts.engine
+        engine.call(lambda: weight.view(torch.int16).flatten()[7].bitwise_xor_(1)).result(30)
+        found = server.client.stubs.weights.VerifyBase(pb.VerifyBaseRequest())
+        assert list(found.mismatched) == ["model.layers.0.input_layernorm.weight"]
+        assert next(watch).status == Status.NOT_SERVING
+        assert next(watch).status == Status.SERVING
+        assert server.client.generate("hello", deployment="upper", max_tokens=8).text == expected
+        state = server.client.stubs.weights.GetFoldState(pb.GetFoldStateRequest()).fold_state
+        assert state.reloads == 1
+        assert server.client.stubs.weights.VerifyBase(pb.VerifyBaseRequest()).restored
+        watch.cancel()
