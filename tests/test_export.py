@@ -22,8 +22,9 @@ from lorafold_adapters.errors import (
 )
 from lorafold_adapters.export import Exported, Order, Progress, export_merged
 from lorafold_adapters.provenance import Origin, Source
+from lorafold_adapters.undo import UndoKind
 from tests.kinds import WORKING, Kind
-from tests.models import assert_same_weights, logits_of, prompts, tiny_llama, weights_of
+from tests.models import DEVICES, assert_same_weights, logits_of, on, prompts, tiny_llama, weights_of
 
 FOLDED = {name: kind for name, kind in WORKING.items() if kind.folded}
 ROUNDED = ["LoRA on any subset of the linear layers", "DoRA", "`modules_to_save`: head"]
@@ -243,10 +244,12 @@ def test_greedy_text_of_the_export_is_the_folded_models(case: Case) -> None:
     assert not torch.equal(logits_of(written, ids), base)
 
 
-def test_a_base_in_memory_is_exported_too(tmp_path: Path) -> None:
-    model = tiny_llama()
-    manager = AdapterManager(model, undo="sparse")
+@pytest.mark.parametrize("undo", ["sparse", "device", "host"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_base_on_any_device_with_any_undo_is_exported(device: str, undo: UndoKind, tmp_path: Path) -> None:
+    model = on(device, tiny_llama(dtype=torch.bfloat16))
+    manager = AdapterManager(model, undo=undo)
     bound = manager.load("it", PLAIN.save(tmp_path / "adapter"))
     manager.merge_adapter("it")
     list(export_merged(manager, Order(bound=bound, out=tmp_path / "deep" / "out")))
-    assert_same_weights(loaded(tmp_path / "deep" / "out"), weights_of(model))
+    assert_same_weights(on(device, loaded(tmp_path / "deep" / "out")), weights_of(model))
