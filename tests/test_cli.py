@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lorafold.cli.compositions import METHODS as CLI_METHODS
 from lorafold.client import Client
+from lorafold_adapters.compose import METHODS
 from tests.conftest import DEMO
 
 Run = subprocess.CompletedProcess[str]
@@ -111,6 +113,30 @@ def test_deployments_from_create_to_delete(serve: Serve) -> None:
     assert "'it'" in lorafold("generate", "-d", "it", "Hello", *where).stderr
 
 
+def test_compositions_are_made_and_swapped(serve: Serve) -> None:
+    where = ("--address", serve.address)
+    upper, rot13 = str(DEMO / "upper"), str(DEMO / "rot13")
+    parts = ("--part", upper, "--part", f"{rot13}:0.5", "--part", f"{rot13}:-0.5")
+    made = lorafold("deployments", "create", "both", "--compose", "linear", *parts, *where)
+    assert made.returncode == 0, made.stderr
+    assert f"linear of {upper}:1, {rot13}:0.5, {rot13}:-0.5" in made.stdout
+    assert "unmerged_error" not in made.stdout
+    assert lorafold("generate", "-d", "both", "Hello there", *where).stdout == "HELLO THERE\n"
+    options = ("--density", "0.5", "--seed", "7", "--rank", "9", "--json")
+    changed = lorafold("deployments", "update", "both", "--compose", "dare_ties", *parts[:4], *options, *where)
+    assert changed.returncode == 0, changed.stderr
+    assert json.loads(changed.stdout)["kind"] == "DARE_TIES(LORA, LORA+rslora)"
+    assert 0 < json.loads(changed.stdout)["unmerged_error"] < 1
+    back = lorafold("deployments", "update", "both", "--adapter", rot13, *where)
+    assert back.returncode == 0, back.stderr
+    assert lorafold("generate", "-d", "both", "Hello there", *where).stdout == "Uryyb gurer\n"
+    assert lorafold("deployments", "delete", "both", *where).returncode == 0
+
+
+def test_the_command_line_knows_every_method() -> None:
+    assert set(CLI_METHODS) == METHODS.keys()
+
+
 def test_weights_by_hand(serve: Serve) -> None:
     where = ("--address", serve.address)
     assert json.loads(lorafold("weights", "merge", "upper", *where).stdout)["fold_state"]["pinned"]
@@ -136,6 +162,14 @@ def test_weights_by_hand(serve: Serve) -> None:
         (["deployments", "update", "upper"], "nothing to change"),
         (["deployments", "create", "x"], "--adapter"),
         (["deployments", "create", "x", "--adapter", "y", "--policy", "sometimes"], "sometimes"),
+        (["deployments", "create", "x", "--compose", "ties"], "at least one --part"),
+        (["deployments", "create", "x", "--compose", "soup", "--part", "a"], "soup"),
+        (["deployments", "create", "x", "--adapter", "a", "--compose", "ties", "--part", "a"], "not both"),
+        (["deployments", "create", "x", "--adapter", "a", "--density", "0.5"], "--density belongs to"),
+        (["deployments", "update", "x", "--part", "a"], "--part belongs to"),
+        (["deployments", "create", "x", "--compose", "ties", "--part", "a"], "density: is missing"),
+        (["deployments", "create", "x", "--compose", "ties", "--density", "7", "--part", "a"], "density: is 7"),
+        (["deployments", "create", "x", "--compose", "linear", "--part", "a:nan"], "parts[0].weight"),
         (["weights", "merge", "nobody"], "'nobody'"),
         (["generate", "x", "--no-such-option"], "--no-such-option"),
         (["no-such-command"], "no-such-command"),

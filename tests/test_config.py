@@ -6,6 +6,8 @@ import pytest
 
 from lorafold.config import Config, EngineConfig, load_config, local_model_path
 from lorafold.errors import ConfigError
+from lorafold.recipes import Recipe, RecipePart
+from lorafold_adapters.compose import Composition
 from lorafold_adapters.policy import PolicyKind
 
 
@@ -35,6 +37,19 @@ def test_deployments_have_a_policy(tmp_path: Path) -> None:
     assert [item.policy for item in config.deployments] == [PolicyKind.AUTO, PolicyKind.MERGED]
 
 
+def composed(options: str, parts: str = '{ adapter = "x" }') -> str:
+    return f'[base]\nmodel = "m"\n[[deployments]]\nname = "a"\ncompose = {{ {options}, parts = [{parts}] }}'
+
+
+def test_a_deployment_may_be_a_composition(tmp_path: Path) -> None:
+    parts = '{ adapter = "x" }, { adapter = "y", weight = -0.5 }'
+    config = load_config(write(tmp_path, composed('method = "dare_ties", density = 1, seed = 3', parts)))
+    assert config.deployments[0].source == Recipe(
+        spec=Composition(method="dare_ties", density=1.0, seed=3),
+        parts=(RecipePart(path="x", weight=1.0), RecipePart(path="y", weight=-0.5)),
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -51,6 +66,20 @@ def test_deployments_have_a_policy(tmp_path: Path) -> None:
         ('[base]\nmodel = "m"\n' + '[[deployments]]\nname = "a"\nadapter = "x"\n' * 2, "'a' is there twice"),
         ('[base]\nmodel = "m"\n[server]\naddress = "nowhere"', "server.address"),
         ('[base]\nmodel = "m"\n[server]\naddress = "127.0.0.1:99999"', "0 to 65535"),
+        ('[base]\nmodel = "m"\n[[deployments]]\nname = "a"', "'deployments.0': needs 'adapter' or 'compose'"),
+        (
+            composed('method = "linear"') + '\nadapter = "y"',
+            "'deployments.0': needs 'adapter' or 'compose', and not both",
+        ),
+        (composed('method = "soup"'), "'deployments.0.compose': 'method' 'soup' is no method"),
+        (composed('method = "ties"'), "'density' is missing"),
+        (composed('method = "ties", density = 0.0'), "'density' is 0.0"),
+        (composed('method = "ties", density = 0.5, seed = 1'), "'seed' 'ties' does not use it"),
+        (composed('method = "svd"'), "'rank' is missing"),
+        (composed('method = "linear"', ""), "'parts' is empty"),
+        (composed('method = "linear"', '{ adapter = "x", weight = nan }'), "'parts[0].weight' is nan"),
+        (composed('method = "linear"', "{ weight = 1.0 }"), "deployments.0.compose.parts.0.adapter"),
+        (composed('method = "linear", colour = 1'), "deployments.0.compose.colour"),
         ('[base\nmodel = "m"', "not valid TOML"),
         ('folder = "x"\n[base]\nmodel = "m"', "'folder'"),
     ],

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorafold_adapters import AdapterManager
+from lorafold_adapters import AdapterManager, read_checkpoint
+from lorafold_adapters.compose import Composition
 from lorafold_adapters.estimate import base_cost, low_rank_cost, two_path_cost
 from tests.kinds import WORKING
 from tests.models import ALL_LINEAR, prompts, save_adapter, tiny_llama
@@ -44,7 +45,7 @@ def test_the_two_path_operations_are_those_that_are_counted(name: str, tmp_path:
     manager = AdapterManager(model)
     bound = manager.load("it", kind.save(tmp_path))
     extra = counted(model, routed=manager) - counted(model)
-    assert extra == TOKENS * two_path_cost(bound.updates, model, 4).flops > 0
+    assert extra == TOKENS * two_path_cost(bound, model, 4).flops > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -65,9 +66,21 @@ def test_only_the_experts_that_a_token_uses_count() -> None:
 
 def test_bytes_are_those_of_the_factors(tmp_path: Path) -> None:
     model = tiny_llama(dtype=torch.bfloat16)
-    bound = AdapterManager(model).bind(save_adapter(tiny_llama(), tmp_path, target_modules=ALL_LINEAR))
-    numbers = sum(tensor.numel() for tensor in bound.checkpoint.tensors.values())
-    cost = two_path_cost(bound.updates, model, model.dtype.itemsize)
+    checkpoint = read_checkpoint(save_adapter(tiny_llama(), tmp_path, target_modules=ALL_LINEAR))
+    bound = AdapterManager(model).bind(checkpoint)
+    numbers = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    cost = two_path_cost(bound, model, model.dtype.itemsize)
     assert cost.nbytes == 2 * numbers
     assert cost.flops == 2 * numbers
     assert low_rank_cost(8, 64, 96, 2).nbytes == 8 * (64 + 96) * 2
+
+
+@pytest.mark.parametrize("spec", [Composition(method="linear"), Composition(method="ties", density=0.5)])
+def test_a_composition_costs_what_runs_beside_the_weights(spec: Composition, tmp_path: Path) -> None:
+    model = tiny_llama()
+    manager = AdapterManager(model, max_delta_error=2)
+    options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "use_dora": spec.method == "linear"}
+    parts = [manager.bind(save_adapter(tiny_llama(), tmp_path / str(seed), seed, **options)) for seed in (1, 2)]
+    bound = manager.load("it", manager.compose([(parts[0], 1.0), (parts[1], -0.5)], spec))
+    extra = counted(model, routed=manager) - counted(model)
+    assert extra == TOKENS * two_path_cost(bound, model, 4).flops > 0

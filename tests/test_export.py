@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorafold_adapters import AdapterManager, export
 from lorafold_adapters.checkpoint_names import plan_names
+from lorafold_adapters.compose import Composition
 from lorafold_adapters.errors import (
     AdapterUnsupported,
     BaseCorrupt,
@@ -229,6 +230,16 @@ def test_tensors_that_are_saved_together_are_planned_layer_by_layer(
     monkeypatch.setattr(names, "saved_as", fused)
     groups = plan_names(case.model, case.model.state_dict())
     assert sorted(len(group.names) for group in groups) == [1, 1, 1, 9, 9]
+
+
+def test_a_composition_is_exported_as_it_is_folded(tmp_path: Path) -> None:
+    case = Case(tmp_path, dtype=torch.bfloat16)
+    other = case.manager.bind(PLAIN.save(tmp_path / "other", seed=9))
+    spec = Composition(method="ties", density=0.5)
+    case.bound = case.manager.load("it", case.manager.compose([(case.bound, 1.0), (other, -0.5)], spec))
+    case.export()
+    case.manager.merge_adapter("it")
+    assert_same_weights(loaded(case.out), weights_of(case.model))
 
 
 def test_greedy_text_of_the_export_is_the_folded_models(case: Case) -> None:

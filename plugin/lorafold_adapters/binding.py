@@ -9,7 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafold_adapters.checkpoint import Checkpoint
 from lorafold_adapters.errors import AdapterCorrupt, AdapterUnsupported, BaseMismatch
 from lorafold_adapters.skeleton import ADAPTER, REMEDY, resolve
-from lorafold_adapters.updates import LowRank, NewRows, Replaced, ThroughPeft, Update
+from lorafold_adapters.updates import LowRank, NewRows, Replaced, Route, ThroughPeft, Update
 
 MAX_SCALING = 1e6
 """Beyond any scale that is trained with, and far below where fp32 overflows."""
@@ -37,9 +37,12 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoundAdapter:
-    """A checkpoint with every tensor at its place in the base."""
+    """An adapter with every tensor at its place in the base."""
 
-    checkpoint: Checkpoint
+    digest: str
+    """SHA-256, hexadecimal, of everything that decides what the adapter does: its identity."""
+    kind: str
+    """For people, e.g. `LORA+dora`."""
     updates: Mapping[str, Update]
     """By the name of the module in the base."""
     targeted: int
@@ -51,19 +54,23 @@ class BoundAdapter:
     route_refusal: str | None
     """Why the adapter cannot run beside the weights; None if it can."""
 
-    @property
-    def digest(self) -> str:
-        """The adapter's content digest."""
-        return self.checkpoint.digest
+    routes: Mapping[str, Route] = field(default_factory=dict)
+    """By module: what runs beside the weights where that is not the update itself."""
 
     @property
-    def kind(self) -> str:
-        """For people."""
-        return self.checkpoint.kind
+    def route_error(self) -> float | None:
+        """How far the approximated deltas beside the weights are off, all together; None if none is approximated."""
+        squares = sum(route.squares for route in self.routes.values())
+        lost = sum(route.lost_squares for route in self.routes.values())
+        return math.sqrt(lost / squares) if squares > 0 else None
 
     def to(self, device: torch.device) -> "BoundAdapter":
         """The same with its tensors on `device`."""
-        return replace(self, updates={name: update.to(device) for name, update in self.updates.items()})
+        return replace(
+            self,
+            updates={name: update.to(device) for name, update in self.updates.items()},
+            routes={name: replace(route, update=route.update.to(device)) for name, route in self.routes.items()},
+        )
 
 
 def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> BoundAdapter:
@@ -84,7 +91,8 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> Bou
     refuse_leftovers(checkpoint, updates, parameters, is_base)
     methods = sorted({update.method for update in updates.values() if isinstance(update, ThroughPeft)})
     return BoundAdapter(
-        checkpoint=checkpoint,
+        digest=checkpoint.digest,
+        kind=checkpoint.kind,
         updates=updates,
         targeted=len(targeted_modules(checkpoint, checkpoint.tensors)),
         bound=len(targeted_modules(checkpoint, placed_tensors(checkpoint, updates))),

@@ -7,6 +7,7 @@ LorafoldError
 │   ├── AdapterUnsupported      well-formed, but of a kind or with an option that is not served
 │   ├── BaseMismatch            made for another base: names or shapes do not fit, or its stamp says so
 │   ├── AdapterUnstamped        has no stamp where one is demanded
+│   ├── CompositionInvalid      a composition of adapters asks for what there is not; names the option
 │   └── DeltaLost               folding it would lose too much of it in the weights' dtype
 ├── AdapterNotLoaded            the name or digest is unknown to this manager
 ├── DeviceFull                  the device's memory does not suffice; nothing was changed
@@ -44,6 +45,17 @@ class AdapterUnsupported(AdapterError):
 
 class BaseMismatch(AdapterError):
     """The adapter was made for another base."""
+
+
+class CompositionInvalid(AdapterError):
+    """A composition of adapters is not well-formed."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        """The option that is wrong, e.g. `density` or `parts[0].weight`."""
+        self.fact = message
+        """What is wrong with it."""
 
 
 class DeltaLost(AdapterError):

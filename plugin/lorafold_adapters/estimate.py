@@ -6,13 +6,14 @@ context, gains, biases and norms are left out: the first does not depend on the 
 Shapes in the names: R rank, I in-features, O out-features, K new rows.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.composed import Composed
 from lorafold_adapters.updates import LowRank, NewRows, Replaced, Update
 
 EXPERTS_USED = ("num_experts_per_tok", "top_k", "moe_top_k")
@@ -68,9 +69,17 @@ def path_cost(update: Update, module: nn.Module, itemsize: int) -> Cost:
     return product_cost(weight.shape[1], weight.shape[0], itemsize)
 
 
-def two_path_cost(updates: Mapping[str, Update], model: nn.Module, itemsize: int) -> Cost:
-    """What an adapter adds to a token beside the weights, in a base whose weights have `itemsize` bytes."""
-    return sum((path_cost(update, model.get_submodule(name), itemsize) for name, update in updates.items()), NOTHING)
+def two_path_cost(bound: BoundAdapter, model: nn.Module, itemsize: int) -> Cost:
+    """What an adapter adds to a token beside the weights, in a base whose weights have `itemsize` bytes.
+
+    Of a composition, what the forms cost that were made for it when it was loaded.
+    """
+    total = NOTHING
+    for name, update in bound.updates.items():
+        beside = bound.routes[name].update if name in bound.routes else update
+        for one in [part.update for part in beside.parts] if isinstance(beside, Composed) else [beside]:
+            total += path_cost(one, model.get_submodule(name), itemsize)
+    return total
 
 
 def base_cost(model: PreTrainedModel) -> Cost:

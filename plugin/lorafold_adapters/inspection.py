@@ -138,7 +138,7 @@ def place(manager: AdapterManager, checkpoint: Checkpoint) -> Placed:
         fold_refusal=fold_refusal,
         route_refusal=bound.route_refusal,
         fidelity=fidelity,
-        cost=two_path_cost(bound.updates, model, model.dtype.itemsize) if routed else None,
+        cost=two_path_cost(bound, model, model.dtype.itemsize) if routed else None,
         base_cost=base_cost(model),
     )
 

@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lorafold_adapters.composed import Composed
 from lorafold_adapters.updates import LowRank, NewRows, Pristine, Replaced, Update
 
 
@@ -97,6 +98,21 @@ class NewLogitsPath:
         return outputs_TO.index_copy(1, self.index_K, inputs @ self.values_KI.T)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SummedPath:
+    """Several adapters at once: the module is linear in its parameters, so what each adds to its outputs adds up."""
+
+    parts: tuple[tuple[float, AdapterPath], ...]
+    """Weights and paths."""
+
+    def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
+        """The adapted outputs of one span."""
+        summed_TO = outputs_TO.float()
+        for weight, path in self.parts:
+            summed_TO = summed_TO.add(path(inputs, outputs_TO).float() - outputs_TO.float(), alpha=weight)
+        return summed_TO.to(outputs_TO)
+
+
 def path_of(update: Update, module: nn.Module, pristine: Pristine) -> AdapterPath:
     """The two-path form of an update, on the module's device and in its dtype.
 
@@ -106,6 +122,8 @@ def path_of(update: Update, module: nn.Module, pristine: Pristine) -> AdapterPat
         return low_rank_path(update, module, pristine)
     if isinstance(update, NewRows):
         return new_rows_path(update, module)
+    if isinstance(update, Composed):
+        return SummedPath(parts=tuple((part.weight, path_of(part.update, module, pristine)) for part in update.parts))
     assert isinstance(update, Replaced)
     return ReplacedPath(module=replica(module, update))
 

@@ -63,16 +63,21 @@ def make_undo(kind: UndoKind, live: Mapping[str, Tensor], source: Path | None) -
 
 
 class Scratch:
-    """One fp32 buffer, used again and again: fresh memory would cost more than the arithmetic."""
+    """Buffers that are used again and again: fresh memory would cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def like(self, chunk: Tensor) -> Tensor:
-        """An fp32 tensor of the shape of `chunk`, on its device; its contents are whatever they were."""
-        if self._buffer.device != chunk.device or self._buffer.numel() < chunk.numel():
-            self._buffer = torch.empty(chunk.numel(), dtype=torch.float32, device=chunk.device)
-        return self._buffer[: chunk.numel()].view(chunk.shape)
+    def like(self, chunk: Tensor, role: str = "new", dtype: torch.dtype = torch.float32) -> Tensor:
+        """The buffer of this role in the shape of `chunk`, on its device; its contents are whatever they were."""
+        buffer = self._buffers.get((role, dtype))
+        if buffer is None or buffer.device != chunk.device or buffer.numel() < chunk.numel():
+            buffer = self._buffers[role, dtype] = torch.empty(chunk.numel(), dtype=dtype, device=chunk.device)
+        return buffer[: chunk.numel()].view(chunk.shape)
+
+    def rounded(self, values: Tensor, role: str, dtype: torch.dtype) -> Tensor:
+        """`values` in `dtype`: themselves if they have it, or else in the buffer of this role."""
+        return values if values.dtype == dtype else self.like(values, role, dtype).copy_(values)
 
 
 def extent(values: Tensor) -> Tensor:
@@ -188,10 +193,11 @@ class Records:
         self._records: dict[str, dict[tuple[int, int], Record]] = {}
         self._pending: tuple[str, slice, Tensor] | None = None
         """The chunk that is being written, and its base values: whether it was written is not known."""
-        self._scratch, self._back = Scratch(), Scratch()
+        self._scratch = Scratch()
 
     def write(self, name: str, change: Change) -> list[Tensor]:
         """See `Undo`."""
+        self._settle()
         live = self._live[name]
         plan = list(chunks(live, change))
         records = self._records.setdefault(name, {})
@@ -238,7 +244,7 @@ class Records:
         base = self._base(name, rows)
         out = self._scratch.like(live)
         memo = change.forward(base, rows, out)
-        folded = out.to(live.dtype, copy=True)
+        folded = self._scratch.rounded(out, "folded", live.dtype)
         record = self._record(change, base, folded, rows, memo)
         self._pending = (name, rows, base)
         live.copy_(folded)
@@ -247,7 +253,7 @@ class Records:
         return extent(out)
 
     def _record(self, change: Change, base: Tensor, folded: Tensor, rows: slice, memo: Tensor | None) -> Record:
-        back = self._backward(change, folded, rows, memo)
+        back = self._backward(change, folded, rows, memo, "back")
         lost = (bits(back) != bits(base)).flatten()
         index = lost.nonzero().flatten()
         short = index.numel() * (4 + base.element_size()) < base.nbytes
@@ -264,19 +270,19 @@ class Records:
         live = self._live[name][rows]
         record = self._records.get(name, {}).get((rows.start, rows.stop))
         if record is None:
-            return live.clone()
+            return self._scratch.like(live, "base", live.dtype).copy_(live)
         if record.index is None:
-            return record.values.clone()
-        base = self._backward(record.change, live, rows, record.memo)
+            return record.values
+        base = self._backward(record.change, live, rows, record.memo, "base")
         base.view(-1)[record.index.long()] = record.values
         if checksum(base) != record.checksum:
             raise ArithmeticError(f"the record of '{name}' does not give back rows {rows.start} to {rows.stop}")
         return base
 
-    def _backward(self, change: Change, folded: Tensor, rows: slice, memo: Tensor | None) -> Tensor:
-        out = self._back.like(folded)
+    def _backward(self, change: Change, folded: Tensor, rows: slice, memo: Tensor | None, role: str) -> Tensor:
+        out = self._scratch.like(folded, role)
         change.backward(folded, rows, out, memo)
-        return out.to(folded.dtype, copy=True)
+        return self._scratch.rounded(out, role, folded.dtype)
 
     def _settle(self) -> None:
         """Gives a chunk back that an exception caught half-way; its old record, if any, is used up by that."""

@@ -5,6 +5,7 @@ and `two_path.py` runs them beside the weights.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -156,6 +157,22 @@ class ThroughPeft:
             return merged_by_peft(self.layer, lent, self.adapter)[name]
 
         return function
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """What runs beside the weights in place of an update that has no exact form there."""
+
+    update: Update
+    squares: float
+    """Sum of the squares of the delta that was approximated; 0 where nothing was."""
+    lost_squares: float
+    """Of what the approximation leaves of it."""
+
+    @property
+    def error(self) -> float:
+        """Norm of what is lost over the norm of the delta."""
+        return math.sqrt(self.lost_squares / self.squares) if self.squares > 0 else 0.0
 
 
 def merged_by_peft(layer: Any, lent: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from lorafold.errors import ConfigError
 from lorafold.exports import Exports
 from lorafold.metrics import Metrics
 from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
+from lorafold.recipes import folders_of
 from lorafold.services.deployment import DeploymentService
 from lorafold.services.generation import GenerationService
 from lorafold.services.prompts import RequestBuilder
@@ -100,7 +101,8 @@ def refuse_cheap_mistakes(config: Config) -> None:
             raise ConfigError(f"cannot listen on {host}:{port} (server.{key}): {error.strerror or error}") from error
     for wanted in config.deployments:
         try:
-            read_options(config.folder / wanted.adapter)
+            for folder in folders_of(wanted.source):
+                read_options(config.folder / folder)
         except AdapterError as error:
             raise ConfigError(f"deployment '{wanted.name}': {error}") from error
 
@@ -109,12 +111,12 @@ async def deploy_all(parts: Parts, say: Say) -> None:
     """The deployments of the file. Raises ConfigError that names the one that cannot be made."""
     for wanted in parts.config.deployments:
         try:
-            made = await parts.deployments.create(wanted.name, wanted.adapter, wanted.policy)
+            made = await parts.deployments.create(wanted.name, wanted.source, wanted.policy)
         except AdapterError as error:
             raise ConfigError(f"deployment '{wanted.name}': {error}") from error
         bound = made.bound
         say(
-            f"deployed {made.name}: {made.policy.value}, {bound.checkpoint.kind}, adapter {made.digest[:12]}, "
+            f"deployed {made.name}: {made.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
             f"bound {bound.bound} of {bound.targeted} modules, base: {made.match}"
         )
 

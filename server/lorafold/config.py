@@ -2,12 +2,15 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from platformdirs import user_cache_path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorafold.errors import ConfigError
+from lorafold.recipes import Recipe, RecipePart, Source
+from lorafold_adapters.compose import Composition, check_weights
+from lorafold_adapters.errors import CompositionInvalid
 from lorafold_adapters.manager import MAX_DELTA_ERROR
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.undo import UndoKind
@@ -103,13 +106,65 @@ class IdentityConfig(Section):
     """A folder, relative to the file, where fingerprints of bases are remembered; the user's cache unless given."""
 
 
+class PartConfig(Section):
+    """`parts` of `compose`: one adapter of a composition."""
+
+    adapter: str
+    """A PEFT adapter folder, relative to the file."""
+    weight: float = 1.0
+    """A negative one takes away what the adapter has learnt."""
+
+
+class ComposeConfig(Section):
+    """`compose`: several adapters as one."""
+
+    method: str
+    """linear, ties, dare_linear, dare_ties, magnitude_prune or svd."""
+    parts: list[PartConfig]
+    density: float | None = None
+    """Share of each part that is kept; all methods but linear and svd need it."""
+    seed: int | None = None
+    """Of the random choice of dare_*."""
+    rank: int | None = None
+    """svd needs it: rank of the result. Others, but not linear: rank of the form beside the weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            check_weights([part.weight for part in self.parts])
+            _ = self.spec
+        except CompositionInvalid as error:
+            raise ValueError(f"'{error.field}' {error.fact}") from error
+        return self
+
+    @property
+    def spec(self) -> Composition:
+        """How the parts are composed."""
+        return Composition(method=self.method, density=self.density, seed=self.seed, rank=self.rank)
+
+
 class DeploymentConfig(Section):
     """`[[deployments]]`: a name that clients call."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    adapter: str
-    """A PEFT adapter folder, relative to the file."""
+    adapter: str | None = None
+    """A PEFT adapter folder, relative to the file. Either this or `compose`."""
+    compose: ComposeConfig | None = None
     policy: Annotated[PolicyKind, Field(strict=False)] = PolicyKind.AUTO
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.adapter is None) == (self.compose is None):
+            raise ValueError("needs 'adapter' or 'compose', and not both")
+        return self
+
+    @property
+    def source(self) -> Source:
+        """What its adapter is made from."""
+        if self.compose is None:
+            return str(self.adapter)
+        parts = tuple(RecipePart(path=part.adapter, weight=part.weight) for part in self.compose.parts)
+        return Recipe(spec=self.compose.spec, parts=parts)
 
 
 class LogConfig(Section):

@@ -8,10 +8,11 @@ is no `await`, so a request is always in the engine's inbox before the release o
 import asyncio
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,12 +20,15 @@ import structlog
 from lorafold.config import BASE, NAME_PATTERN
 from lorafold.engine.loop import Engine
 from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
+from lorafold.recipes import Recipe, Source
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.checkpoint import read_checkpoint
 from lorafold_adapters.errors import AdapterUnsupported, DeltaLost
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.routes import unrouted
 from lorafold_adapters.stamp import Match
 
 log = structlog.get_logger(__name__)
@@ -45,7 +49,7 @@ class Deployment:
     """A name and what it points at."""
 
     name: str
-    adapter_path: str
+    source: Source
     policy: PolicyKind
     bound: BoundAdapter
     folding: Folding
@@ -113,18 +117,18 @@ class Deployments:
         """Names of the deployments of one adapter."""
         return [deployment.name for deployment in self.all() if deployment.digest == digest]
 
-    async def create(self, name: str, adapter_path: str, policy: PolicyKind) -> Deployment:
+    async def create(self, name: str, source: Source, policy: PolicyKind) -> Deployment:
         """Raises InvalidField, DeploymentExists, DeploymentBusy or a subclass of AdapterError."""
         check_name(name)
         with self._changing(name):
             if name in self._by_name:
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound, match = await self._read(adapter_path)
+            bound, match = await self._read(source)
             folding = await self._put_on_device(bound, policy)
             now = datetime.now(UTC)
             deployment = Deployment(
                 name=name,
-                adapter_path=adapter_path,
+                source=source,
                 policy=policy,
                 bound=bound,
                 folding=folding,
@@ -137,20 +141,19 @@ class Deployments:
         log.info("deployment created", name=name, adapter=deployment.digest, policy=policy.value)
         return deployment
 
-    async def update(self, name: str, adapter_path: str | None, policy: PolicyKind | None, etag: str) -> Deployment:
+    async def update(self, name: str, source: Source | None, policy: PolicyKind | None, etag: str) -> Deployment:
         """Changes what is not None. Raises DeploymentNotFound, EtagMismatch, DeploymentBusy or an AdapterError."""
         with self._changing(name):
             old = self.get(name)
             self._check_etag(old, etag)
             policy = policy or old.policy
-            path = adapter_path or old.adapter_path
             bound, match = old.bound, old.match
-            if adapter_path:
-                bound, match = await self._read(path)
+            if source is not None:
+                bound, match = await self._read(source)
             folding = await self._put_on_device(bound, policy)
             new = replace(
                 old,
-                adapter_path=path,
+                source=old.source if source is None else source,
                 policy=policy,
                 bound=bound,
                 folding=folding,
@@ -172,12 +175,29 @@ class Deployments:
             self._release(old)
         log.info("deployment deleted", name=name, adapter=old.digest)
 
-    async def _read(self, adapter_path: str) -> tuple[BoundAdapter, Match]:
-        """Reads, checks and binds an adapter and compares its stamp with the base."""
+    async def _read(self, source: Source) -> tuple[BoundAdapter, Match]:
+        """Reads, checks and binds an adapter, or each part of a composition, and compares stamps with the base."""
+        if not isinstance(source, Recipe):
+            return await self._read_folder(source)
+        parts = [await self._read_folder(part.path) for part in source.parts]
+        weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
+        bound = await asyncio.to_thread(self._manager.compose, weighted, source.spec)
+        return await self._with_routes(bound), least_sure(match for _, match in parts)
+
+    async def _read_folder(self, path: str) -> tuple[BoundAdapter, Match]:
         async with self._binding:
-            bound = await asyncio.to_thread(self._manager.bind, self._folder / adapter_path)
-            match = await asyncio.to_thread(self._stamps.check, bound.checkpoint)
+            checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / path)
+            bound = await asyncio.to_thread(self._manager.bind, checkpoint)
+            match = await asyncio.to_thread(self._stamps.check, checkpoint)
         return bound, match
+
+    async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:
+        """Module by module between steps of the engine, which would stand still for all of them."""
+        routes = {}
+        for module in unrouted(bound):
+            work = partial(self._manager.route, bound, module)
+            routes[module] = await asyncio.wrap_future(self._engine.call(work))
+        return self._manager.with_routes(bound, routes)
 
     async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> Folding:
         """Measures what a fold keeps of the adapter if the policy folds it, and loads it.
@@ -226,6 +246,12 @@ class Deployments:
     def _check_etag(deployment: Deployment, etag: str) -> None:
         if etag and etag != deployment.etag:
             raise EtagMismatch(f"'{deployment.name}' was changed since you read it: get it again and decide anew")
+
+
+def least_sure(matches: Iterable[Match]) -> Match:
+    """What the stamps of several adapters say together."""
+    found = set(matches)
+    return next(match for match in (Match.UNSTAMPED, Match.OTHER_DTYPE, Match.SAME) if match in found)
 
 
 def check_name(name: str) -> None:

@@ -1,12 +1,12 @@
 """`lorafold deployments`: the names that clients call, on a running server."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorafold.cli.common import address_option, connected, json_option
+from lorafold.cli.compositions import in_words, set_source, source_options
 
 if TYPE_CHECKING:
     from lorafold.v1.deployment_pb2 import Deployment
@@ -60,15 +60,17 @@ def get(name: str, as_json: bool, address: str) -> None:
 
 @deployments.command()
 @click.argument("name")
-@click.option("--adapter", required=True, help="The PEFT folder.")
+@source_options
 @click.option("--policy", type=POLICIES, default="auto", show_default=True)
 @json_option
 @address_option
-def create(name: str, adapter: str, policy: str, as_json: bool, address: str) -> None:
+def create(name: str, policy: str, as_json: bool, address: str, **source: Any) -> None:
     """Make NAME callable."""
     from lorafold.v1 import deployment_pb2 as pb
 
-    wanted = pb.Deployment(name=name, adapter_path=server_path(adapter), policy=policy_value(policy))
+    wanted = pb.Deployment(name=name, policy=policy_value(policy))
+    if not set_source(wanted, source):
+        raise click.UsageError("nothing to serve: give --adapter or --compose")
     with connected(address) as client:
         request = pb.CreateDeploymentRequest(deployment=wanted)
         show(client.stubs.deployments.CreateDeployment(request).deployment, as_json)
@@ -76,20 +78,18 @@ def create(name: str, adapter: str, policy: str, as_json: bool, address: str) ->
 
 @deployments.command()
 @click.argument("name")
-@click.option("--adapter", help="Point at this PEFT folder.")
+@source_options
 @click.option("--policy", type=POLICIES, help="Change the policy.")
 @click.option("--etag", default="", help="Only if the deployment still has this etag.")
 @json_option
 @address_option
-def update(name: str, adapter: str | None, policy: str | None, etag: str, as_json: bool, address: str) -> None:
+def update(name: str, policy: str | None, etag: str, as_json: bool, address: str, **source: Any) -> None:
     """Point NAME at another adapter, or change its policy; requests in flight finish on what they started with."""
     from lorafold.v1 import deployment_pb2 as pb
 
-    if adapter is None and policy is None:
-        raise click.UsageError("nothing to change: give --adapter or --policy")
     wanted = pb.Deployment(name=name, etag=etag)
-    if adapter is not None:
-        wanted.adapter_path = server_path(adapter)
+    if not set_source(wanted, source) and policy is None:
+        raise click.UsageError("nothing to change: give --adapter, --compose or --policy")
     if policy is not None:
         wanted.policy = policy_value(policy)
     with connected(address) as client:
@@ -109,11 +109,6 @@ def delete(name: str, address: str) -> None:
     click.echo(f"deleted {name}")
 
 
-def server_path(adapter: str) -> str:
-    """A folder that exists here becomes absolute; any other path is the server's to resolve."""
-    return str(Path(adapter).absolute()) if Path(adapter).is_dir() else adapter
-
-
 def policy_value(policy: str) -> Any:
     """The API's value for a word of the command line."""
     from lorafold.v1.deployment_pb2 import Policy
@@ -128,11 +123,12 @@ def as_dict(item: "Deployment") -> dict[str, object]:
     return {
         "name": item.name,
         "policy": Policy.Name(item.policy).removeprefix("POLICY_").lower(),
-        "adapter": item.adapter_path,
+        "adapter": in_words(item),
         "adapter_digest": item.adapter_digest,
         "kind": item.adapter_kind,
         "bound": f"{item.bound_modules} of {item.adapter_modules} modules",
         "base_match": BaseMatch.Name(item.base_match).removeprefix("BASE_MATCH_").lower().replace("_", " "),
+        "unmerged_error": item.unmerged_error if item.HasField("unmerged_error") else None,
         **folding_dict(item),
         "etag": item.etag,
         "updated": item.update_time.ToJsonString(),
@@ -160,4 +156,5 @@ def show(item: "Deployment", as_json: bool) -> None:
         click.echo(json.dumps(row))
         return
     for key, value in row.items():
-        click.echo(f"{key:<15} {value}")
+        if value is not None:
+            click.echo(f"{key:<15} {value}")

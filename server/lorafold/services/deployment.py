@@ -1,6 +1,7 @@
 """`lorafold.v1.DeploymentService`: names and what they point at."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -8,6 +9,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import InvalidField
+from lorafold.recipes import Source
+from lorafold.services import compositions
+from lorafold.services.compositions import source_of
 from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
@@ -29,7 +33,7 @@ MATCHES = {
     Match.OTHER_DTYPE: pb.BASE_MATCH_OTHER_DTYPE,
     Match.UNSTAMPED: pb.BASE_MATCH_UNSTAMPED,
 }
-MASK = ("adapter_path", "policy")
+MASK = ("adapter_path", "composition", "policy")
 
 
 class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
@@ -47,8 +51,8 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
             required(request, "deployment")
             wanted = request.deployment
             policy = policy_of(wanted.policy) or PolicyKind.AUTO
-            path = path_of(wanted)
-            made = await asyncio.shield(self._deployments.create(wanted.name, path, policy))
+            source = source_of(wanted)
+            made = await asyncio.shield(self._deployments.create(wanted.name, source, policy))
             return pb.CreateDeploymentResponse(deployment=message_of(made))
 
     async def GetDeployment(self, request: pb.GetDeploymentRequest, context: Context) -> pb.GetDeploymentResponse:
@@ -78,14 +82,14 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
             wanted, mask = request.deployment, list(request.update_mask.paths)
             for path in mask:
                 if path not in MASK:
-                    raise InvalidField("update_mask", f"'{path}' cannot be updated: {' and '.join(MASK)} can")
+                    raise InvalidField("update_mask", f"'{path}' cannot be updated: {', '.join(MASK)} can")
             policy = policy_of(wanted.policy) if not mask or "policy" in mask else None
-            adapter = path_of(wanted) if (not mask and wanted.adapter_path) or "adapter_path" in mask else None
+            source = new_source(wanted, mask)
             if "policy" in mask and policy is None:
                 raise InvalidField("deployment.policy", "is in the update mask but not set: set it")
-            if adapter is None and policy is None:
-                raise InvalidField("deployment", "changes nothing: set adapter_path or policy")
-            update = self._deployments.update(wanted.name, adapter, policy, wanted.etag)
+            if source is None and policy is None:
+                raise InvalidField("deployment", "changes nothing: set adapter_path, composition or policy")
+            update = self._deployments.update(wanted.name, source, policy, wanted.etag)
             return pb.UpdateDeploymentResponse(deployment=message_of(await asyncio.shield(update)))
 
     async def DeleteDeployment(
@@ -107,11 +111,21 @@ def policy_of(value: int) -> PolicyKind | None:
     return KINDS[value]
 
 
-def path_of(wanted: pb.Deployment) -> str:
-    """Raises InvalidField."""
-    if not wanted.adapter_path or "\0" in wanted.adapter_path:
-        raise InvalidField("deployment.adapter_path", "is no path: give the adapter's folder as the server sees it")
-    return wanted.adapter_path
+def new_source(wanted: pb.Deployment, mask: Sequence[str]) -> Source | None:
+    """Where an update points, None if it leaves that as it is. Raises InvalidField."""
+    named = {"adapter_path", "composition"} & set(mask)
+    if not mask:
+        return source_of(wanted) if wanted.adapter_path or wanted.HasField("composition") else None
+    if len(named) == 2:
+        raise InvalidField("update_mask", "names adapter_path and composition: a deployment has one of the two")
+    if "composition" in named and not wanted.HasField("composition"):
+        raise InvalidField("deployment.composition", "is in the update mask but not set: set it")
+    part = pb.Deployment()
+    if "composition" in named:
+        part.composition.CopyFrom(wanted.composition)
+    else:
+        part.adapter_path = wanted.adapter_path
+    return source_of(part) if named else None
 
 
 def message_of(deployment: Deployment) -> pb.Deployment:
@@ -119,18 +133,21 @@ def message_of(deployment: Deployment) -> pb.Deployment:
     created, updated = Timestamp(), Timestamp()
     created.FromDatetime(deployment.created)
     updated.FromDatetime(deployment.updated)
+    source = deployment.source
     return pb.Deployment(
         name=deployment.name,
-        adapter_path=deployment.adapter_path,
+        adapter_path=source if isinstance(source, str) else "",
+        composition=None if isinstance(source, str) else compositions.message_of(source),
         policy=POLICIES[deployment.policy],
         adapter_digest=deployment.digest,
-        adapter_kind=deployment.bound.checkpoint.kind,
+        adapter_kind=deployment.bound.kind,
         bound_modules=deployment.bound.bound,
         adapter_modules=deployment.bound.targeted,
         base_match=MATCHES[deployment.match],
         fidelity=fidelity_of(deployment.folding.fidelity),
         fold_refusal=deployment.folding.refusal,
         route_refusal=deployment.bound.route_refusal,
+        unmerged_error=deployment.bound.route_error,
         etag=deployment.etag,
         create_time=created,
         update_time=updated,

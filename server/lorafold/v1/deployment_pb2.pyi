@@ -11,6 +11,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class CompositionMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMPOSITION_METHOD_UNSPECIFIED: _ClassVar[CompositionMethod]
+    COMPOSITION_METHOD_LINEAR: _ClassVar[CompositionMethod]
+    COMPOSITION_METHOD_TIES: _ClassVar[CompositionMethod]
+    COMPOSITION_METHOD_DARE_LINEAR: _ClassVar[CompositionMethod]
+    COMPOSITION_METHOD_DARE_TIES: _ClassVar[CompositionMethod]
+    COMPOSITION_METHOD_MAGNITUDE_PRUNE: _ClassVar[CompositionMethod]
+    COMPOSITION_METHOD_SVD: _ClassVar[CompositionMethod]
+
 class BaseMatch(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BASE_MATCH_UNSPECIFIED: _ClassVar[BaseMatch]
@@ -24,6 +34,13 @@ class Policy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_MERGED: _ClassVar[Policy]
     POLICY_UNMERGED: _ClassVar[Policy]
     POLICY_AUTO: _ClassVar[Policy]
+COMPOSITION_METHOD_UNSPECIFIED: CompositionMethod
+COMPOSITION_METHOD_LINEAR: CompositionMethod
+COMPOSITION_METHOD_TIES: CompositionMethod
+COMPOSITION_METHOD_DARE_LINEAR: CompositionMethod
+COMPOSITION_METHOD_DARE_TIES: CompositionMethod
+COMPOSITION_METHOD_MAGNITUDE_PRUNE: CompositionMethod
+COMPOSITION_METHOD_SVD: CompositionMethod
 BASE_MATCH_UNSPECIFIED: BaseMatch
 BASE_MATCH_SAME: BaseMatch
 BASE_MATCH_OTHER_DTYPE: BaseMatch
@@ -34,7 +51,7 @@ POLICY_UNMERGED: Policy
 POLICY_AUTO: Policy
 
 class Deployment(_message.Message):
-    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal")
+    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal", "composition", "unmerged_error")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +66,8 @@ class Deployment(_message.Message):
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     FOLD_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ROUTE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    COMPOSITION_FIELD_NUMBER: _ClassVar[int]
+    UNMERGED_ERROR_FIELD_NUMBER: _ClassVar[int]
     name: str
     adapter_path: str
     policy: Policy
@@ -63,7 +82,31 @@ class Deployment(_message.Message):
     fidelity: Fidelity
     fold_refusal: str
     route_refusal: str
-    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ...) -> None: ...
+    composition: Composition
+    unmerged_error: float
+    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ..., composition: _Optional[_Union[Composition, _Mapping]] = ..., unmerged_error: _Optional[float] = ...) -> None: ...
+
+class Composition(_message.Message):
+    __slots__ = ("method", "parts", "density", "seed", "rank")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    method: CompositionMethod
+    parts: _containers.RepeatedCompositeFieldContainer[CompositionPart]
+    density: float
+    seed: int
+    rank: int
+    def __init__(self, method: _Optional[_Union[CompositionMethod, str]] = ..., parts: _Optional[_Iterable[_Union[CompositionPart, _Mapping]]] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class CompositionPart(_message.Message):
+    __slots__ = ("adapter_path", "weight")
+    ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    adapter_path: str
+    weight: float
+    def __init__(self, adapter_path: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Fidelity(_message.Message):
     __slots__ = ("delta_over_weight", "delta_error", "unchanged_share")
