@@ -13,6 +13,9 @@ LorafoldError
 ├── DeviceFull                  the device's memory does not suffice; nothing was changed
 ├── RoutingMismatch             a batch inside `routed` has another number of rows than was routed
 ├── AdapterInUse                it is folded or routed now and cannot be dropped
+├── ExportExists                the folder to export into is not empty
+├── ExportFailed                an export could not be written; nothing is left of it
+├── ExportUnsupported           transformers cannot write a checkpoint of this base piece by piece
 ├── FoldFailed                  folding failed; the base was given back bit for bit
 └── BaseCorrupt                 the base could not be given back, or no longer equals what was loaded
 
@@ -77,6 +80,18 @@ class RoutingMismatch(LorafoldError):
 
 class AdapterInUse(LorafoldError):
     """The adapter is folded or routed now and cannot be dropped."""
+
+
+class ExportExists(LorafoldError):
+    """The folder to export into is there and not empty."""
+
+
+class ExportFailed(LorafoldError):
+    """An export could not be written; nothing is left of it."""
+
+
+class ExportUnsupported(LorafoldError):
+    """No checkpoint of this base can be written piece by piece."""
 
 
 class FoldFailed(LorafoldError):

@@ -6,12 +6,16 @@ what was meant. Measured parameter by parameter, exactly, from the base's own va
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorafold_adapters.delta import Change, chunks
 from lorafold_adapters.undo import Rounding
+
+if TYPE_CHECKING:
+    from lorafold_adapters.manager import AdapterManager
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,3 +111,36 @@ def squares(values: Tensor) -> Tensor:
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
     return norm.double().square()
+
+
+@torch.no_grad()
+def kl_divergence(manager: "AdapterManager", name: str, ids_BT: Tensor) -> float:
+    """How far next-token distributions of adapter `name` folded lie from those of its two-path form, in nats.
+
+    KL(two-path || folded), the mean over all positions of the prompts; both as the base computes in its own dtype.
+    Folds the adapter for it, and leaves folded what was folded before.
+    Raises AdapterUnsupported if the adapter has only one of the two forms, and what `merge_adapter` raises.
+    """
+    model, before = manager.model, manager.fold_state.folded
+    inputs = ids_BT.to(model.device)
+    try:
+        manager.unmerge_adapter()
+        with manager.routed([name] * len(ids_BT)):
+            meant = model(input_ids=inputs, use_cache=False).logits
+        manager.merge_adapter(name)
+        got = model(input_ids=inputs, use_cache=False).logits
+    finally:
+        if before is None:
+            manager.unmerge_adapter()
+        else:
+            manager.merge_adapter(before)
+    return divergence(meant, got)
+
+
+def divergence(meant_BTV: Tensor, got_BTV: Tensor) -> float:
+    """KL(meant || got) of the distributions that logits stand for, the mean over all positions, in nats."""
+    total = 0.0
+    for meant_V, got_V in zip(meant_BTV.flatten(0, 1), got_BTV.flatten(0, 1), strict=True):
+        meant, got = (torch.log_softmax(logits.double(), dim=0) for logits in (meant_V, got_V))
+        total += float((meant.exp() * (meant - got)).sum())
+    return total / meant_BTV.shape[:2].numel()

@@ -57,6 +57,10 @@ class Weights:
         """The parameter `name` as it is in the base, on its own device; do not write to it."""
         return self._undo.pristine(self._first[name])
 
+    def is_base(self, name: str, values: Tensor) -> bool:
+        """True if `values` have the checksum that parameter `name` had in the base."""
+        return self._checksum(values) == self._checksums[self._first[name]]
+
     def live(self, name: str) -> Tensor:
         """The parameter itself."""
         return self._live[self._first[name]]
@@ -67,17 +71,17 @@ class Weights:
 
     def planned(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change, Tensor, Rounding]]:
         """Each parameter that a fold would change, how, its values in the base, and what writing does to values."""
-        for name, change in self._changes(adapter):
+        for name, change in self.changes(adapter):
             yield name, change, self._undo.pristine(name), self._undo.rounding(name)
 
     def extra_bytes(self, adapter: BoundAdapter) -> int:
         """Memory that the weights take while `adapter` is folded, beside the base and what the undo keeps."""
-        return sum(self._undo.extra_bytes(name) for name, _ in self._changes(adapter))
+        return sum(self._undo.extra_bytes(name) for name, _ in self.changes(adapter))
 
     def reserve(self, adapter: BoundAdapter) -> None:
         """Takes that memory. Raises DeviceFull; nothing is changed then."""
         try:
-            self._undo.reserve([name for name, _ in self._changes(adapter)])
+            self._undo.reserve([name for name, _ in self.changes(adapter)])
         except torch.OutOfMemoryError as error:
             raise DeviceFull(
                 f"the device's memory does not hold the {self.extra_bytes(adapter) / 1e6:,.1f} MB that folding adapter "
@@ -99,8 +103,8 @@ class Weights:
         before = set(self._changed)
         self._state = State.DIRTY
         try:
-            self._changed.update(name for name, _ in self._changes(adapter))  # What was reserved is given back as well.
-            extents = {name: self._undo.write(name, change) for name, change in self._changes(adapter)}
+            self._changed.update(name for name, _ in self.changes(adapter))  # What was reserved is given back as well.
+            extents = {name: self._undo.write(name, change) for name, change in self.changes(adapter)}
             refuse_unbounded({name: (self._undo.target(name).dtype, values) for name, values in extents.items()})
             self._give_back(before - extents.keys())
             written = sum(self._undo.target(name).nbytes for name in extents)
@@ -130,7 +134,7 @@ class Weights:
         self._compare(self._live)
         self._state = State.BASE
 
-    def _changes(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change]]:
+    def changes(self, adapter: BoundAdapter) -> Iterator[tuple[str, Change]]:
         """The change of each parameter, once where modules share it."""
         done: set[str] = set()
         for module, update in adapter.updates.items():

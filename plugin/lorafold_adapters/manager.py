@@ -34,6 +34,7 @@ from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
 from lorafold_adapters.fold import State, Weights
 from lorafold_adapters.identity import Fingerprint, cast_digest, tensor_digest
 from lorafold_adapters.identity import fingerprint as fingerprint_of
+from lorafold_adapters.merged import Merged
 from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.quantised import dequantised, keep_as_loaded, quantised_modules, take_over
 from lorafold_adapters.routes import route_of, unrouted, with_routes
@@ -107,6 +108,11 @@ class AdapterManager:
         self._fingerprint = fingerprint or fingerprint_of(model)
         on_cpu = model.device.type == "cpu"
         self._weights.keep_checksums(self._fingerprint.tensors if on_cpu else {})
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that adapters are on."""
+        return self._model
 
     @property
     def base(self) -> Fingerprint:
@@ -279,6 +285,19 @@ class AdapterManager:
     def extra_bytes(self, bound: BoundAdapter) -> int:
         """Memory that folding an adapter takes where the base is quantised: copies of the weights it changes."""
         return 0 if bound.fold_refusal else self._weights.extra_bytes(bound)
+
+    def merged(self, bound: BoundAdapter) -> Merged:
+        """Reads tensors as they would be with `bound` folded, whatever is folded now; changes nothing.
+
+        Raises BaseCorrupt, or DeviceFull.
+        """
+        self._refuse_dirty()
+        try:
+            return Merged(self._model, self._weights, bound.to(self._model.device))
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(
+                f"the device's memory does not hold adapter {bound.digest[:12]}: drop others first"
+            ) from error
 
     def fidelity(self, name: str) -> Fidelity:
         """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""

@@ -135,19 +135,23 @@ def decisive(stamp: Stamp, base: Fingerprint) -> list[str]:
     return [dtype for dtype in both if dtype in CASTS]
 
 
+def own_stamp(checkpoint: Checkpoint) -> Stamp | None:
+    """The adapter's stamp; None if it has none. Raises AdapterCorrupt for another's, and what `read_stamp` raises."""
+    stamp = read_stamp(checkpoint.path)
+    if stamp is not None and stamp.adapter != checkpoint.digest:
+        raise AdapterCorrupt(
+            f"the stamp of adapter '{checkpoint.path.name}' was made for adapter {stamp.adapter[:12]}…, this one is "
+            f"{checkpoint.digest[:12]}…: stamp it again with 'lorafold stamp'"
+        )
+    return stamp
+
+
 def check_stamp(checkpoint: Checkpoint, base: Fingerprint, cast: Callable[[str], str]) -> Finding:
     """What the adapter's stamp says about this base: the same, another dtype of it, or no stamp.
 
     Raises BaseMismatch for another base; AdapterCorrupt or AdapterUnsupported for a stamp that cannot be used.
     """
-    name = checkpoint.path.name
-    stamp = read_stamp(checkpoint.path)
-    if stamp is not None and stamp.adapter != checkpoint.digest:
-        raise AdapterCorrupt(
-            f"the stamp of adapter '{name}' was made for adapter {stamp.adapter[:12]}…, this one is "
-            f"{checkpoint.digest[:12]}…: stamp it again with 'lorafold stamp'"
-        )
-    finding = compare(stamp, base, cast, name)
+    finding = compare(own_stamp(checkpoint), base, cast, checkpoint.path.name)
     if finding.match is Match.OTHER_BASE:
         raise BaseMismatch(finding.sentence)
     return finding

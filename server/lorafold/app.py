@@ -12,6 +12,7 @@ from prometheus_client import start_http_server
 
 from lorafold.config import Config
 from lorafold.errors import ConfigError
+from lorafold.exports import Exports
 from lorafold.metrics import Metrics
 from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.recipes import folders_of
@@ -129,7 +130,8 @@ def make_server(parts: Parts) -> grpc.aio.Server:
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
     deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(DeploymentService(parts.deployments), server)
-    weights = WeightsService(parts.engine, parts.deployments, parts.manager.base.digest)
+    exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
+    weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

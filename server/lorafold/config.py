@@ -64,6 +64,8 @@ class ServerConfig(Section):
     """Prometheus, at /metrics."""
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     """After SIGTERM: how long requests in flight may take to finish."""
+    export_folder: str | None = None
+    """Where clients may have merged checkpoints written, relative to the file; nowhere unless given."""
 
 
 class EngineConfig(Section):

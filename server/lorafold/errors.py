@@ -10,6 +10,7 @@ LorafoldError
 ├── EtagMismatch            the deployment was changed since the caller read it
 ├── QueueFull               too many requests wait
 ├── DeadlineExceeded        the request's own deadline passed before it was done
+├── ExportOff               this server writes no exports
 ├── StepFailed              the model failed on the batch the request was in
 ├── BaseReloading           the base was found damaged and is being loaded again
 └── EngineStopped           the engine takes no more requests
@@ -59,6 +60,10 @@ class QueueFull(LorafoldError):
 
 class DeadlineExceeded(LorafoldError):
     """The request's deadline passed before it was done."""
+
+
+class ExportOff(LorafoldError):
+    """No export folder is configured."""
 
 
 class StepFailed(LorafoldError):

@@ -123,6 +123,11 @@ def load_weights(path: str, dtype: str = "auto") -> PreTrainedModel:
     return model
 
 
+def base_name(path: str) -> str:
+    """What people call a base: the name of its folder, or its name on the hub."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
+
+
 @contextmanager
 def translated(path: str) -> Iterator[None]:
     """Inside, whatever transformers raises becomes ModelUnsupported: a file or a package that is missing, ..."""

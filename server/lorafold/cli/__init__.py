@@ -7,7 +7,9 @@ import click
 from lorafold.cli.completion import completion
 from lorafold.cli.demo import demo
 from lorafold.cli.deployments import deployments
+from lorafold.cli.export import export
 from lorafold.cli.generate import generate
+from lorafold.cli.inspect import inspect
 from lorafold.cli.serve import serve
 from lorafold.cli.stamp import stamp
 from lorafold.cli.weights import weights
@@ -19,7 +21,7 @@ def cli() -> None:
     """Serves LoRA adapters: folded into the weights, or beside them, on one base model."""
 
 
-for command in (serve, generate, deployments, weights, stamp, demo, completion):
+for command in (serve, generate, deployments, weights, inspect, stamp, export, demo, completion):
     cli.add_command(command)
 
 

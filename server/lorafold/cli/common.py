@@ -17,6 +17,7 @@ address_option = click.option(
     show_envvar=True,
     help="Where the server listens.",
 )
+DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 

@@ -30,6 +30,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.EtagMismatch, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
     (server.QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    (server.ExportOff, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_FOLDER_UNSET"),
     (server.EngineStopped, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     (server.BaseReloading, grpc.StatusCode.UNAVAILABLE, "BASE_RELOADING"),
     (server.StepFailed, grpc.StatusCode.INTERNAL, "STEP_FAILED"),
@@ -42,6 +43,9 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (plugin.DeltaLost, grpc.StatusCode.FAILED_PRECONDITION, "DELTA_LOST"),
     (plugin.AdapterNotLoaded, grpc.StatusCode.ABORTED, "ADAPTER_GONE"),
     (plugin.AdapterInUse, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_IN_USE"),
+    (plugin.ExportExists, grpc.StatusCode.ALREADY_EXISTS, "EXPORT_EXISTS"),
+    (plugin.ExportFailed, grpc.StatusCode.INTERNAL, "EXPORT_FAILED"),
+    (plugin.ExportUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_UNSUPPORTED"),
     (plugin.FoldFailed, grpc.StatusCode.INTERNAL, "FOLD_FAILED"),
     (plugin.BaseCorrupt, grpc.StatusCode.DATA_LOSS, "BASE_CORRUPT"),
 )

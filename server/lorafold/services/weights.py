@@ -1,6 +1,8 @@
 """`lorafold.v1.WeightsService`: looks at the weights and changes them by hand."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
@@ -10,12 +12,14 @@ from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.engine.weights import WeightsState
 from lorafold.errors import InvalidField
+from lorafold.exports import Exports
 from lorafold.services.events import duration
 from lorafold.services.fields import refuse_unknown_fields
 from lorafold.services.status import translated
 from lorafold.v1 import weights_pb2 as pb
 from lorafold.v1 import weights_pb2_grpc
 from lorafold_adapters.errors import AdapterUnsupported
+from lorafold_adapters.export import Exported, Progress
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -23,9 +27,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     """Translates; every call is answered by the engine between two steps."""
 
-    def __init__(self, engine: Engine, deployments: Deployments, base_fingerprint: str) -> None:
+    def __init__(self, engine: Engine, deployments: Deployments, exports: Exports, base_fingerprint: str) -> None:
         self._engine = engine
         self._deployments = deployments
+        self._exports = exports
         self._base_fingerprint = base_fingerprint
 
     async def GetFoldState(self, request: pb.GetFoldStateRequest, context: Context) -> pb.GetFoldStateResponse:
@@ -72,6 +77,17 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 base_fingerprint=found.base_fingerprint,
             )
 
+    async def ExportMerged(
+        self, request: pb.ExportMergedRequest, context: Context
+    ) -> AsyncIterator[pb.ExportMergedResponse]:
+        """Writes a checkpoint; a message for each tensor, then the summary."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            export = self._exports.export(request.deployment, request.path, request.max_shard_bytes)
+            async with aclosing(export) as steps:
+                async for step in steps:
+                    yield export_event(step)
+
     def _message(self, state: WeightsState) -> pb.FoldState:
         return pb.FoldState(
             generation=state.generation,
@@ -84,3 +100,25 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             base_fingerprint=self._base_fingerprint,
             provenance=state.provenance,
         )
+
+
+def export_event(step: Progress | Exported) -> pb.ExportMergedResponse:
+    """One message of an export's stream."""
+    if isinstance(step, Progress):
+        progress = pb.ExportProgress(
+            tensors_done=step.tensors_done,
+            tensors_total=step.tensors_total,
+            bytes_done=step.bytes_done,
+            bytes_total=step.bytes_total,
+        )
+        return pb.ExportMergedResponse(progress=progress)
+    summary = pb.ExportSummary(
+        path=str(step.folder),
+        files=step.files,
+        tensors=step.tensors,
+        bytes=step.nbytes,
+        adapter_digest=step.provenance["adapter_digest"],
+        base_fingerprint=step.provenance["base"]["fingerprint"],
+        delta_error=step.fidelity.delta_error,
+    )
+    return pb.ExportMergedResponse(exported=summary)

@@ -84,3 +84,51 @@ class VerifyBaseResponse(_message.Message):
     mismatched: _containers.RepeatedScalarFieldContainer[str]
     base_fingerprint: str
     def __init__(self, restored: _Optional[bool] = ..., tensors_checked: _Optional[int] = ..., mismatched: _Optional[_Iterable[str]] = ..., base_fingerprint: _Optional[str] = ...) -> None: ...
+
+class ExportMergedRequest(_message.Message):
+    __slots__ = ("deployment", "path", "max_shard_bytes")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    path: str
+    max_shard_bytes: int
+    def __init__(self, deployment: _Optional[str] = ..., path: _Optional[str] = ..., max_shard_bytes: _Optional[int] = ...) -> None: ...
+
+class ExportMergedResponse(_message.Message):
+    __slots__ = ("progress", "exported")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    EXPORTED_FIELD_NUMBER: _ClassVar[int]
+    progress: ExportProgress
+    exported: ExportSummary
+    def __init__(self, progress: _Optional[_Union[ExportProgress, _Mapping]] = ..., exported: _Optional[_Union[ExportSummary, _Mapping]] = ...) -> None: ...
+
+class ExportProgress(_message.Message):
+    __slots__ = ("tensors_done", "tensors_total", "bytes_done", "bytes_total")
+    TENSORS_DONE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    tensors_done: int
+    tensors_total: int
+    bytes_done: int
+    bytes_total: int
+    def __init__(self, tensors_done: _Optional[int] = ..., tensors_total: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
+
+class ExportSummary(_message.Message):
+    __slots__ = ("path", "files", "tensors", "bytes", "adapter_digest", "base_fingerprint", "delta_error")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DELTA_ERROR_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    files: _containers.RepeatedScalarFieldContainer[str]
+    tensors: int
+    bytes: int
+    adapter_digest: str
+    base_fingerprint: str
+    delta_error: float
+    def __init__(self, path: _Optional[str] = ..., files: _Optional[_Iterable[str]] = ..., tensors: _Optional[int] = ..., bytes: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., delta_error: _Optional[float] = ...) -> None: ...

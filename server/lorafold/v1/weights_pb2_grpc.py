@@ -55,6 +55,11 @@ class WeightsServiceStub:
                 request_serializer=lorafold_dot_v1_dot_weights__pb2.VerifyBaseRequest.SerializeToString,
                 response_deserializer=lorafold_dot_v1_dot_weights__pb2.VerifyBaseResponse.FromString,
                 _registered_method=True)
+        self.ExportMerged = channel.unary_stream(
+                '/lorafold.v1.WeightsService/ExportMerged',
+                request_serializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedResponse.FromString,
+                _registered_method=True)
 
 
 class WeightsServiceServicer:
@@ -90,6 +95,14 @@ class WeightsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportMerged(self, request, context):
+        """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+        go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +125,11 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.VerifyBase,
                     request_deserializer=lorafold_dot_v1_dot_weights__pb2.VerifyBaseRequest.FromString,
                     response_serializer=lorafold_dot_v1_dot_weights__pb2.VerifyBaseResponse.SerializeToString,
+            ),
+            'ExportMerged': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportMerged,
+                    request_deserializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +241,33 @@ class WeightsService:
             '/lorafold.v1.WeightsService/VerifyBase',
             lorafold_dot_v1_dot_weights__pb2.VerifyBaseRequest.SerializeToString,
             lorafold_dot_v1_dot_weights__pb2.VerifyBaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportMerged(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorafold.v1.WeightsService/ExportMerged',
+            lorafold_dot_v1_dot_weights__pb2.ExportMergedRequest.SerializeToString,
+            lorafold_dot_v1_dot_weights__pb2.ExportMergedResponse.FromString,
             options,
             channel_credentials,
             insecure,

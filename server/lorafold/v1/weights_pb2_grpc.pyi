@@ -44,6 +44,10 @@ class WeightsServiceStub:
     """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
     differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
     """
+    ExportMerged: _grpc.UnaryStreamMultiCallable[_weights_pb2.ExportMergedRequest, _weights_pb2.ExportMergedResponse]
+    """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+    go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
+    """
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
@@ -60,6 +64,10 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     VerifyBase: _aio.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]  # type: ignore[assignment]
     """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
     differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+    """
+    ExportMerged: _aio.UnaryStreamMultiCallable[_weights_pb2.ExportMergedRequest, _weights_pb2.ExportMergedResponse]  # type: ignore[assignment]
+    """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+    go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
     """
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -98,6 +106,16 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_weights_pb2.VerifyBaseResponse, _abc.Awaitable[_weights_pb2.VerifyBaseResponse]]:
         """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
         differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportMerged(
+        self,
+        request: _weights_pb2.ExportMergedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.ExportMergedResponse], _abc.AsyncIterator[_weights_pb2.ExportMergedResponse]]:
+        """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
+        go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
         """
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
