@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from lorafold.cli import cli
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.compose import Composition
 from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO, RunningServer
 from tests.kinds import WORKING
@@ -73,6 +74,30 @@ def test_export_in_another_dtype_as_json(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert str(model.dtype) == "torch.bfloat16"
     assert done["bytes"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def test_a_composition_is_exported_with_its_parts_and_options(tmp_path: Path) -> None:
+    parts = ["--part", f"{DEMO / 'upper'}:0.75", "--part", str(DEMO / "rot13")]
+    options = ["--compose", "ties", *parts, "--density", "0.5", "--out", str(tmp_path / "out")]
+    done = run("export", "--base", BASE, *options)
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "out" / "lorafold.json").read_text())
+    assert (facts["method"], facts["options"]) == ("ties", {"density": 0.5})
+    assert [(part["name"], part["weight"]) for part in facts["adapters"]] == [("upper", 0.75), ("rot13", 1.0)]
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    before = weights_of(model)
+    manager = AdapterManager(model)
+    bound = manager.compose(
+        [(manager.bind(DEMO / "upper"), 0.75), (manager.bind(DEMO / "rot13"), 1.0)],
+        Composition(method="ties", density=0.5),
+    )
+    assert facts["adapter_digest"] == bound.digest
+    manager.load("both", bound)
+    manager.merge_adapter("both")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_weights(exported, weights_of(model))
+    with pytest.raises(AssertionError):
+        assert_same_weights(exported, before)  # Negative control.
 
 
 def test_a_base_without_a_tokenizer_is_exported_with_a_word(base: str, adapter_on_llama: Make, tmp_path: Path) -> None:

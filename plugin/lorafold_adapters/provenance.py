@@ -1,12 +1,13 @@
 """`lorafold.json`: what an exported checkpoint was made from, written into its folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.compose import Composition
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.identity import Fingerprint
 
@@ -38,6 +39,14 @@ class Origin:
     """How they were composed."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else decided the result: density, seed, ..."""
+
+
+def origin(base_name: str, sources: Iterable[Source], spec: Composition | None) -> Origin:
+    """Where an adapter of one part, or a composition by `spec`, comes from."""
+    if spec is None:
+        return Origin(base_name=base_name, sources=tuple(sources))
+    options = {key: value for key in ("density", "seed", "rank") if (value := getattr(spec, key)) is not None}
+    return Origin(base_name=base_name, sources=tuple(sources), method=spec.method, options=options)
 
 
 def provenance(bound: BoundAdapter, base: Fingerprint, origin: Origin, fidelity: Fidelity) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lorafold_adapters.checkpoint import read_checkpoint
 from lorafold_adapters.errors import AdapterUnsupported, DeltaLost
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.provenance import Source as Ingredient
 from lorafold_adapters.routes import unrouted
 from lorafold_adapters.stamp import Match
 
@@ -55,6 +56,8 @@ class Deployment:
     folding: Folding
     match: Match
     """What the adapter's stamp says about the base."""
+    ingredients: tuple[Ingredient, ...]
+    """The adapters it is made of."""
     etag: str
     created: datetime
     updated: datetime
@@ -123,7 +126,7 @@ class Deployments:
         with self._changing(name):
             if name in self._by_name:
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound, match = await self._read(source)
+            bound, match, ingredients = await self._read(source)
             folding = await self._put_on_device(bound, policy)
             now = datetime.now(UTC)
             deployment = Deployment(
@@ -133,6 +136,7 @@ class Deployments:
                 bound=bound,
                 folding=folding,
                 match=match,
+                ingredients=ingredients,
                 etag=uuid.uuid4().hex,
                 created=now,
                 updated=now,
@@ -147,9 +151,9 @@ class Deployments:
             old = self.get(name)
             self._check_etag(old, etag)
             policy = policy or old.policy
-            bound, match = old.bound, old.match
+            bound, match, ingredients = old.bound, old.match, old.ingredients
             if source is not None:
-                bound, match = await self._read(source)
+                bound, match, ingredients = await self._read(source)
             folding = await self._put_on_device(bound, policy)
             new = replace(
                 old,
@@ -158,6 +162,7 @@ class Deployments:
                 bound=bound,
                 folding=folding,
                 match=match,
+                ingredients=ingredients,
                 etag=uuid.uuid4().hex,
                 updated=datetime.now(UTC),
             )
@@ -175,14 +180,19 @@ class Deployments:
             self._release(old)
         log.info("deployment deleted", name=name, adapter=old.digest)
 
-    async def _read(self, source: Source) -> tuple[BoundAdapter, Match]:
+    async def _read(self, source: Source) -> tuple[BoundAdapter, Match, tuple[Ingredient, ...]]:
         """Reads, checks and binds an adapter, or each part of a composition, and compares stamps with the base."""
         if not isinstance(source, Recipe):
-            return await self._read_folder(source)
+            bound, match = await self._read_folder(source)
+            return bound, match, (Ingredient(name=Path(source).name, digest=bound.digest, kind=bound.kind),)
         parts = [await self._read_folder(part.path) for part in source.parts]
+        ingredients = tuple(
+            Ingredient(name=Path(part.path).name, digest=bound.digest, kind=bound.kind, weight=part.weight)
+            for (bound, _), part in zip(parts, source.parts, strict=True)
+        )
         weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
         bound = await asyncio.to_thread(self._manager.compose, weighted, source.spec)
-        return await self._with_routes(bound), least_sure(match for _, match in parts)
+        return await self._with_routes(bound), least_sure(match for _, match in parts), ingredients
 
     async def _read_folder(self, path: str) -> tuple[BoundAdapter, Match]:
         async with self._binding:

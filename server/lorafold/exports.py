@@ -18,9 +18,10 @@ from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.errors import ExportOff, InvalidField
 from lorafold.model import base_name
+from lorafold.recipes import Recipe
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.export import SHARD_SIZE, Exported, Order, Progress, export_merged
-from lorafold_adapters.provenance import Origin, Source
+from lorafold_adapters.provenance import origin
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -57,12 +58,11 @@ class Exports:
             raise InvalidField("deployment", "name a deployment with an adapter: the base is a checkpoint already")
         deployment = self._deployments.get(name)
         bound = deployment.bound
+        spec = deployment.source.spec if isinstance(deployment.source, Recipe) else None
         order = Order(
             bound=bound,
             out=out,
-            origin=Origin(
-                base_name=self._base_name, sources=(Source(name=name, digest=bound.digest, kind=bound.kind),)
-            ),
+            origin=origin(self._base_name, deployment.ingredients, spec),
             tokenizer=self._tokenizer,
             shard_size=shard_size or SHARD_SIZE,
         )

@@ -29,12 +29,8 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def set_source(wanted: "Deployment", given: Mapping[str, Any]) -> bool:
     """Writes what the options say into `wanted`; False if they say nothing. Raises UsageError."""
+    check_source(given)
     adapter, method, parts = given["adapter"], given["compose"], given["parts"]
-    surplus = [key for key in ("density", "seed", "rank") if given[key] is not None] + (["part"] if parts else [])
-    if method is None and surplus:
-        raise click.UsageError(f"--{surplus[0]} belongs to a composition: give --compose")
-    if adapter is not None and method is not None:
-        raise click.UsageError("give --adapter or --compose, not both")
     if adapter is not None:
         wanted.adapter_path = server_path(adapter)
     if method is not None:
@@ -42,12 +38,22 @@ def set_source(wanted: "Deployment", given: Mapping[str, Any]) -> bool:
     return adapter is not None or method is not None
 
 
+def check_source(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that contradict each other."""
+    adapter, method, parts = given["adapter"], given["compose"], given["parts"]
+    surplus = [key for key in ("density", "seed", "rank") if given[key] is not None] + (["part"] if parts else [])
+    if method is None and surplus:
+        raise click.UsageError(f"--{surplus[0]} belongs to a composition: give --compose")
+    if adapter is not None and method is not None:
+        raise click.UsageError("give --adapter or --compose, not both")
+    if method is not None and not parts:
+        raise click.UsageError("--compose needs at least one --part")
+
+
 def composition_of(method: str, parts: tuple[str, ...], given: Mapping[str, Any]) -> "Composition":
     """The message of --compose and what belongs to it. Raises UsageError."""
     from lorafold.v1 import deployment_pb2 as pb
 
-    if not parts:
-        raise click.UsageError("--compose needs at least one --part")
     return pb.Composition(
         method=f"COMPOSITION_METHOD_{method.upper()}",
         parts=[part_of(part) for part in parts],
@@ -58,17 +64,20 @@ def composition_of(method: str, parts: tuple[str, ...], given: Mapping[str, Any]
 
 
 def part_of(text: str) -> "CompositionPart":
-    """The message of one DIR[:WEIGHT]; a colon with no number after it belongs to the folder."""
+    """The message of one DIR[:WEIGHT]."""
     from lorafold.v1.deployment_pb2 import CompositionPart
 
+    folder, weight = split_part(text)
+    return CompositionPart(adapter_path=server_path(folder), weight=weight)
+
+
+def split_part(text: str) -> tuple[str, float | None]:
+    """Folder and weight of one DIR[:WEIGHT]; a colon with no number after it belongs to the folder."""
     folder, colon, number = text.rpartition(":")
     try:
-        weight = float(number)
+        return (folder, float(number)) if colon else (text, None)
     except ValueError:
-        colon = ""
-    if not colon:
-        return CompositionPart(adapter_path=server_path(text))
-    return CompositionPart(adapter_path=server_path(folder), weight=weight)
+        return text, None
 
 
 def server_path(adapter: str) -> str:
