@@ -120,7 +120,7 @@ def test_a_server_exports_its_deployment(own: RunningServer, folder: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--base", BASE], 2, "give either --base and --adapter, or --deployment"),
+        (["--base", BASE], 2, "give either --base with --adapter or --compose, or --deployment"),
         (["--deployment", "upper", "--base", BASE], 2, "give either"),
         (["--base", BASE, "--adapter", UPPER, "--shard-size", "tiny"], 2, "is no size"),
         (["--base", BASE, "--adapter", "nowhere"], 1, "no adapter folder"),
