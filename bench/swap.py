@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from bench.models import llama, saved, undo_kinds
 from bench.rounds import measure, ratio, record
 from bench.swap_variants import LAYERS, Floor, Folding, floor_of, folding_of, peft_of
 from lorafold.model import pick_device
+from lorafold_adapters.undo import UndoKind
 
 DTYPES = (torch.float32, torch.bfloat16)
-COPIES = ("device", "host")
-"""Kinds of undo that hold a copy of the weights, the nearest first."""
+COPIES = ("device", "checkpoint")
+"""Kinds of undo that hold a copy of the weights: on a GPU the nearest, on a CPU the default."""
 Seconds = dict[str, list[float]]
 
 
@@ -43,13 +44,15 @@ def written(rank: int) -> Iterator[list[Path]]:
         yield [write_adapter(base, Path(scratch) / name, seed, **options) for seed, name in enumerate("ab")]
 
 
-def run(device: torch.device, dtype: torch.dtype, adapters: list[Path], rounds: int) -> tuple[dict[str, Any], Seconds]:
+def run(
+    device: torch.device, dtype: torch.dtype, adapters: list[Path], rounds: int, kinds: Sequence[UndoKind]
+) -> tuple[dict[str, Any], Seconds]:
     """The results by kind of undo, and every timing, in one dtype."""
     with tempfile.TemporaryDirectory() as scratch:
         floor = floor_of(device, dtype)
         show_limit(floor, dtype)
         base = saved(floor.model, Path(scratch))
-        foldings = {undo: folding_of(device, dtype, undo, base, adapters) for undo in undo_kinds(device)}
+        foldings = {undo: folding_of(device, dtype, undo, base, adapters) for undo in kinds}
         variants = {"floor": floor.timing, "floor again": floor.timing, "peft": peft_of(device, dtype, adapters)}
         for undo, folding in foldings.items():
             variants |= {f"swap, {undo}": folding.swap, f"unmerge, {undo}": folding.unmerge}
@@ -133,13 +136,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="peft|transformers")
     arguments = parsed()
     device = pick_device(arguments.device)
-    rounds = 5 if arguments.quick else 25
+    rounds = 3 if arguments.quick else 25
+    kinds = [kind for kind in undo_kinds(device) if not arguments.quick or kind in (*COPIES, "sparse")]
     results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, Seconds] = {}
     with written(arguments.rank) as adapters:
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
-            results[name], seconds[name] = run(device, dtype, adapters, rounds)
+            results[name], seconds[name] = run(device, dtype, adapters, rounds, kinds)
             show(name, results[name])
     asked = {"rank": arguments.rank, "rounds": rounds}
     result = {**reported(results, device), **milliseconds(device, seconds), **asked}
