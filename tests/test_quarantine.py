@@ -136,6 +136,19 @@ def test_a_base_that_was_given_back_at_the_second_attempt_is_not_loaded_again(
         assert bench.engine.call(bench.engine.weights.verify).result(30).mismatched == ()
 
 
+def test_a_base_that_is_damaged_while_an_adapter_is_dropped_is_loaded_again(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama()) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        merged = bench.submit("merged", PROMPT, adapter=digest, policy=PolicyKind.MERGED)
+        assert isinstance(merged.last, Finished)
+        assert bench.manager.fold_state.folded == digest
+        bench.engine.call(lambda: damage_the_copies(bench.manager)).result(30)
+        bench.engine.call(lambda: bench.engine.weights.release(digest)).result(30)
+        assert isinstance(bench.submit("later", PROMPT).last, Finished)
+        assert bench.recorder.health == [False, True]
+        assert bench.engine.call(lambda: bench.manager.adapters).result(30) == {}
+
+
 def test_a_base_that_stays_damaged_ends_the_engine(adapter_on_llama: MakeAdapter) -> None:
     with Bench(tiny_llama(), load_base=lambda: tiny_llama(seed=5)) as bench:
         digest = bench.load(adapter_on_llama(**KINDS["plain"]))

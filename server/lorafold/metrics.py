@@ -46,6 +46,9 @@ class Metrics:
         )
         self._waiting = Gauge("lorafold_requests_waiting", "Requests without a place in the batch.", registry=registry)
         self._running = Gauge("lorafold_requests_running", "Requests with a place in the batch.", registry=registry)
+        self._reloads = Gauge(
+            "lorafold_base_reloads", "How often the base was found damaged and loaded again.", registry=registry
+        )
         self._generation = Gauge("lorafold_generation", "Grows whenever weights change.", registry=registry)
 
     def step(self, mode: Mode, seconds: float) -> None:
@@ -65,6 +68,7 @@ class Metrics:
     def weights_changed(self, change: Change) -> None:
         """An adapter was folded, or the base given back."""
         self._generation.set(change.state.generation)
+        self._reloads.set(change.state.reloads)
         self._fold.labels("base" if change.state.folded is None else "adapter").observe(change.seconds)
 
     def first_token(self, mode: Mode, seconds: float) -> None:

@@ -2,6 +2,7 @@
 adapters that come and go. Knows no requests, only lanes.
 """
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -180,7 +181,7 @@ class WeightsControl:
         self._wanted[adapter] -= 1
 
     def sweep(self, used: set[str]) -> None:
-        """Drops the adapters that no deployment points at and no row uses."""
+        """Drops the adapters that no deployment points at and no row uses; on a damaged base, later."""
         for adapter in [name for name, count in self._wanted.items() if count <= 0]:
             if adapter == self._pinned:
                 self._pinned = None
@@ -188,7 +189,10 @@ class WeightsControl:
             if adapter in used:
                 continue
             if self._manager.fold_state.folded == adapter:
-                self._change(None, "no deployment points at the folded adapter any more")
+                with contextlib.suppress(BaseCorrupt):
+                    self._change(None, "no deployment points at the folded adapter any more")
+            if self.damaged:
+                return
             self._manager.drop(adapter)
             self._unfoldable.discard(adapter)
             log.info("adapter dropped", adapter=adapter)
