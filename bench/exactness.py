@@ -26,7 +26,7 @@ from bench.models import attach, placed, saved, tiny, undo_kinds
 from bench.peft_drift import Drift, drift
 from bench.trial import Trial
 from lorafold.model import pick_device
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FOLDS = 10_000

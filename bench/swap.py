@@ -27,7 +27,7 @@ from bench.models import llama, saved, undo_kinds
 from bench.rounds import measure, ratio, record
 from bench.swap_variants import LAYERS, Floor, Folding, floor_of, folding_of, peft_of
 from lorafold.model import pick_device
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 
 DTYPES = (torch.float32, torch.bfloat16)
 COPIES = ("device", "checkpoint")

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from bench.adapters import ALL_LINEAR
 from bench.models import attach, llama, placed, undo_bytes
 from bench.rounds import Timing, stopwatch
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 
 LAYERS = 12
 NAMES = ("a", "b")

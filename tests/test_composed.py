@@ -17,7 +17,7 @@ from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.compose import Composition, Piece, combine
 from lorafold_adapters.composed import Composed
 from lorafold_adapters.errors import AdapterUnsupported, CompositionInvalid
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 from tests.kinds import WORKING
 from tests.models import (
     BIASED_KINDS,

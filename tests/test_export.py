@@ -23,7 +23,7 @@ from lorafold_adapters.errors import (
 )
 from lorafold_adapters.export import Exported, Order, Progress, export_merged
 from lorafold_adapters.provenance import Origin, Source
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 from tests.kinds import WORKING, Kind
 from tests.models import DEVICES, assert_same_weights, logits_of, on, prompts, tiny_llama, weights_of
 

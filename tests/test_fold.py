@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorafold_adapters import AdapterManager
+from lorafold_adapters import AdapterManager, copies, fold, records
+from lorafold_adapters import manager as manager_module
 from lorafold_adapters import undo as undo_module
 from lorafold_adapters.delta import AddProduct
 from lorafold_adapters.errors import AdapterUnsupported, FoldFailed
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 from tests.models import (
     BIASED_KINDS,
     DEVICES,
@@ -152,8 +153,12 @@ def fail_at_call(number: int, place: str, monkeypatch: pytest.MonkeyPatch) -> li
 
     real_extent = undo_module.extent
     monkeypatch.setattr(AddProduct, "forward", forward)
-    monkeypatch.setattr(undo_module, "extent", after)
+    for module in (copies, records):
+        monkeypatch.setattr(module, "extent", after)
     return calls
+
+
+TRACED = {module.__file__ for module in (copies, fold, manager_module, records, undo_module)}
 
 
 class Killed(BaseException):
@@ -162,7 +167,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("undo", UNDO_KINDS)
 def test_wherever_a_thread_is_killed_the_base_can_be_given_back(undo: UndoKind, adapter_on_llama: MakeAdapter) -> None:
-    """A trace function raises at every line of the undo in turn, in the fold and in the restore that follows it."""
+    """A trace function raises at every line in turn that changes or keeps track of weights."""
     folders = [adapter_on_llama(**KINDS["plain"]), adapter_on_llama(seed=2, **KINDS["saved-norm"])]
     model = tiny_llama(dtype=torch.bfloat16)
     before = weights_of(model)
@@ -170,13 +175,19 @@ def test_wherever_a_thread_is_killed_the_base_can_be_given_back(undo: UndoKind, 
     for name, folder in zip("ab", folders, strict=True):
         manager.load(name, folder)
         manager.fidelity(name)
+    expected: dict[str | None, dict[str, Tensor]] = {None: before}
+    for name in "ba":
+        manager.merge_adapter(name)
+        expected[name] = weights_of(model)
     line, ended = 0, False
     while not ended:
         manager.merge_adapter("a")
-        folded = weights_of(model)
         ended = not killed_at_line(line, lambda: manager.merge_adapter("b"))
-        if not ended and not manager.fold_state.dirty:
-            assert_same_weights(model, before if manager.fold_state.folded is None else folded)
+        if not manager.fold_state.dirty:
+            assert_same_weights(model, expected[manager.fold_state.folded])
+        killed_at_line(line, manager.unmerge_adapter)
+        if not manager.fold_state.dirty:
+            assert_same_weights(model, expected[manager.fold_state.folded])
         manager.unmerge_adapter()
         assert_same_weights(model, before)
         line += 1
@@ -184,12 +195,12 @@ def test_wherever_a_thread_is_killed_the_base_can_be_given_back(undo: UndoKind, 
 
 
 def killed_at_line(number: int, work: Callable[[], object]) -> bool:
-    """Runs `work` and raises Killed at the `number`th line of undo.py that it comes to; False if it never does."""
+    """Runs `work` and raises Killed at the `number`th line of `TRACED` that it comes to; False if it never does."""
     left = [number]
 
     def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code.co_filename != undo_module.__file__:
-            return None if event == "call" and "fold.py" not in frame.f_code.co_filename else trace
+        if frame.f_code.co_filename not in TRACED:
+            return None
         if event == "line":
             left[0] -= 1
             if left[0] == -1:

@@ -13,9 +13,9 @@ from lorafold.errors import BaseReloading, EngineStopped
 from lorafold.requests import Failed, Finished
 from lorafold.v1 import weights_pb2 as pb
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.copies import Copies
 from lorafold_adapters.errors import BaseCorrupt
 from lorafold_adapters.policy import PolicyKind
-from lorafold_adapters.undo import Copies
 from tests.conftest import demo_config, serving
 from tests.engines import Bench
 from tests.models import KINDS, assert_same_weights, tiny_llama, weights_of

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.checksum import checksum, lane_sum
+from lorafold_adapters.copies import Copies, MappedFiles
 from lorafold_adapters.delta import AddProduct, SetValues
-from lorafold_adapters.undo import Copies, MappedFiles, Records, make_undo
+from lorafold_adapters.records import Records
+from lorafold_adapters.undo_kinds import make_undo
 from tests.models import DEVICES, KINDS, save_adapter, tiny_llama
 
 

@@ -127,7 +127,7 @@ def free_place(out: Path) -> Path:
 def measured(manager: AdapterManager, bound: BoundAdapter, run: Run) -> Fidelity:
     """The adapter's fidelity, measured parameter by parameter. Raises whatever would refuse its fold."""
     if bound.fold_refusal is None:
-        steps = manager.measure(bound)
+        steps = manager.gate.measure(bound)
         try:
             while run(lambda: next(steps, None)) is not None:
                 pass
@@ -135,8 +135,8 @@ def measured(manager: AdapterManager, bound: BoundAdapter, run: Run) -> Fidelity
             raise
         except Exception as error:
             raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
-    run(lambda: manager.refuse_fold(bound))
-    return run(lambda: manager.fidelity_of(bound))
+    run(lambda: manager.gate.check(bound))
+    return run(lambda: manager.gate.fidelity(bound))
 
 
 def write_tensors(

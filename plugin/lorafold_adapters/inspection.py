@@ -146,12 +146,12 @@ def place(manager: AdapterManager, checkpoint: Checkpoint) -> Placed:
 def folding(manager: AdapterManager, bound: BoundAdapter) -> tuple[str | None, Fidelity | None]:
     """What `merge_adapter` would say, and how much of the adapter would arrive."""
     try:
-        manager.refuse_fold(bound)
+        manager.gate.check(bound)
     except DeltaLost as error:
-        return str(error), manager.fidelity_of(bound)
+        return str(error), manager.gate.fidelity(bound)
     except LorafoldError as error:
         return str(error), None
-    return None, manager.fidelity_of(bound)
+    return None, manager.gate.fidelity(bound)
 
 
 def stamped(manager: AdapterManager, checkpoint: Checkpoint) -> tuple[str, str]:

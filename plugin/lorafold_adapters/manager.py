@@ -25,13 +25,12 @@ from lorafold_adapters.errors import (
     AdapterNotLoaded,
     AdapterUnsupported,
     BaseCorrupt,
-    DeltaLost,
     DeviceFull,
-    FoldFailed,
     RoutingMismatch,
 )
-from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
+from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.fold import State, Weights
+from lorafold_adapters.gate import MAX_DELTA_ERROR, FoldGate
 from lorafold_adapters.identity import Fingerprint, cast_digest, tensor_digest
 from lorafold_adapters.identity import fingerprint as fingerprint_of
 from lorafold_adapters.merged import Merged
@@ -40,12 +39,9 @@ from lorafold_adapters.quantised import dequantised, keep_as_loaded, quantised_m
 from lorafold_adapters.routes import route_of, unrouted, with_routes
 from lorafold_adapters.stand_ins import ByStorage, FoldOptions, Provenance, StandIns
 from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
-from lorafold_adapters.undo import Undo, UndoKind, make_undo
+from lorafold_adapters.undo import Undo
+from lorafold_adapters.undo_kinds import UndoKind, make_undo
 from lorafold_adapters.updates import Pristine, Route
-
-MAX_DELTA_ERROR = 0.25
-"""Folding is refused if more than this of the delta is lost: up to there each adapter of the demo set keeps over 90 %
-of its accuracy; at 0.4 one of them is down to 78 %, at 0.6 to 58 % (`python -m bench.fidelity`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +99,8 @@ class AdapterManager:
         self._adapters: dict[str, BoundAdapter] = {}
         self._folded: str | None = None
         self._generation = 0
-        self._fidelity: dict[str, Fidelity] = {}
-        self._max_delta_error = max_delta_error
+        self.gate = FoldGate(self._weights, max_delta_error, self._coarse())
+        """Says which adapters may be folded, and what a fold keeps of them."""
         self._fingerprint = fingerprint or fingerprint_of(model)
         on_cpu = model.device.type == "cpu"
         self._weights.keep_checksums(self._fingerprint.tensors if on_cpu else {})
@@ -127,9 +123,9 @@ class AdapterManager:
     def fold_state(self) -> FoldState:
         """Which adapter is in the weights now."""
         return FoldState(
-            folded=self._folded,
+            folded=self._in_weights(),
             generation=self._generation,
-            dirty=self._weights.state is State.DIRTY,
+            dirty=self._dirty(),
             undo_bytes=self._weights.undo_bytes,
             provenance=self._fold_options.provenance if self._quantised else None,
         )
@@ -163,7 +159,7 @@ class AdapterManager:
 
     def with_routes(self, bound: BoundAdapter, routes: Mapping[str, Route]) -> BoundAdapter:
         """The adapter with those forms; it refuses to be routed if they are off by more than `max_delta_error`."""
-        return with_routes(bound, routes, self._max_delta_error)
+        return with_routes(bound, routes, self.gate.max_delta_error)
 
     def route_error(self, name: str) -> float | None:
         """How far the low-rank form of a composition is off; None if everything in it is exact."""
@@ -194,7 +190,7 @@ class AdapterManager:
     def drop(self, name: str) -> None:
         """Forgets an adapter and frees its memory. Raises AdapterNotLoaded or AdapterInUse."""
         bound = self._known(name)
-        if name == self._folded or self._cell.current is not None:
+        if name == self._in_weights() or self._cell.current is not None:
             raise AdapterInUse(f"adapter '{name}' is in use: call unmerge_adapter() and leave routed() first")
         del self._adapters[name]
         for module_name in bound.updates if bound.route_refusal is None else ():
@@ -214,9 +210,9 @@ class AdapterManager:
         bound = self._known(name)
         self._refuse_while_routed()
         self._refuse_dirty()
-        if name == self._folded:
+        if name == self._in_weights():
             return 0
-        self.refuse_fold(bound)
+        self.gate.check(bound)
         self._weights.reserve(bound)
         self._folded, self._generation = None, self._generation + 1
         written = self._weights.fold(bound)
@@ -242,7 +238,7 @@ class AdapterManager:
         Only while nothing is folded: raises AdapterInUse otherwise.
         """
         self._refuse_dirty()
-        if self._folded is not None:
+        if self._in_weights() is not None:
             raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() first")
         return self._fingerprint.mismatches(self._model)
 
@@ -258,7 +254,7 @@ class AdapterManager:
             raise RoutingMismatch("no rows were routed: name an adapter, or None, for each")
         self._refuse_while_routed()
         self._refuse_dirty()
-        if self._folded is not None:
+        if self._in_weights() is not None:
             raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() before routing rows")
         for name in {*body, *(head or ())} - {None}:
             if (refusal := self._known(str(name)).route_refusal) is not None:
@@ -301,40 +297,7 @@ class AdapterManager:
 
     def fidelity(self, name: str) -> Fidelity:
         """How much of adapter `name` a fold keeps; measured once, in about the time of three folds."""
-        return self.fidelity_of(self._known(name))
-
-    def fidelity_of(self, bound: BoundAdapter) -> Fidelity:
-        """The same for an adapter that need not be loaded."""
-        for _ in self.measure(bound):
-            pass
-        return self._fidelity[bound.digest]
-
-    def measure(self, bound: BoundAdapter) -> Iterator[ParameterFidelity]:
-        """The same, parameter by parameter, for whoever has other work to do between two of them."""
-        if bound.digest not in self._fidelity:
-            measured = []
-            for name, change, base, rounding in self._weights.planned(bound):
-                measured.append(measure(name, change, base, rounding))
-                yield measured[-1]
-            self._fidelity[bound.digest] = Fidelity(parameters=tuple(measured))
-
-    def refuse_fold(self, bound: BoundAdapter) -> None:
-        """Raises AdapterUnsupported if the adapter cannot be folded into this base, DeltaLost if it should not be.
-
-        Measures its fidelity first if nobody has; raises FoldFailed if that fails.
-        """
-        if bound.fold_refusal is not None:
-            raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}; serve it unmerged")
-        try:
-            lost = self.fidelity_of(bound).delta_error
-        except Exception as error:
-            raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
-        if not lost <= self._max_delta_error:
-            raise DeltaLost(
-                f"folding would change the adapter's delta by {lost:.2f} of its size, more than max_delta_error "
-                f"({self._max_delta_error:g}) allows, as {self._coarse()} are too coarse for it: "
-                "serve it unmerged, or the base in a finer dtype"
-            )
+        return self.gate.fidelity(self._known(name))
 
     def detach(self) -> None:
         """Gives the base back and leaves the model as if it had never been attached. Raises BaseCorrupt."""
@@ -380,8 +343,16 @@ class AdapterManager:
             return False
         return tensor_digest(tensor.to(like.dtype)) == self._fingerprint.tensors.get(first)
 
+    def _in_weights(self) -> str | None:
+        """The folded adapter; right whichever line an exception struck last."""
+        return self._folded if self._weights.state is State.FOLDED else None
+
+    def _dirty(self) -> bool:
+        """True if it is not known what is in the weights, or which adapter."""
+        return self._weights.state is State.DIRTY or (self._weights.state is State.FOLDED and self._folded is None)
+
     def _refuse_dirty(self) -> None:
-        if self._weights.state is State.DIRTY:
+        if self._dirty():
             raise BaseCorrupt(
                 "the weights are neither the base's nor an adapter's: unmerge_adapter() or reload() first"
             )

@@ -11,9 +11,9 @@ from lorafold.errors import ConfigError
 from lorafold.recipes import Recipe, RecipePart, Source
 from lorafold_adapters.compose import Composition, check_weights
 from lorafold_adapters.errors import CompositionInvalid
-from lorafold_adapters.manager import MAX_DELTA_ERROR
+from lorafold_adapters.gate import MAX_DELTA_ERROR
 from lorafold_adapters.policy import PolicyKind
-from lorafold_adapters.undo import UndoKind
+from lorafold_adapters.undo_kinds import UndoKind
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"

@@ -220,7 +220,7 @@ class Deployments:
         if policy is not PolicyKind.UNMERGED:
             folding = await self._measured(bound)
         if folding.refusal is not None and (policy is PolicyKind.MERGED or bound.route_refusal is not None):
-            self._manager.refuse_fold(bound)
+            self._manager.gate.check(bound)
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
         return folding
 
@@ -228,12 +228,12 @@ class Deployments:
         """What a fold would keep; measured parameter by parameter, with steps of the engine between them."""
         if bound.fold_refusal is not None:
             return Folding(refusal=bound.fold_refusal)
-        parameters = self._manager.measure(bound)
+        parameters = self._manager.gate.measure(bound)
         while await asyncio.wrap_future(self._engine.call(lambda: next(parameters, None))) is not None:
             pass
-        fidelity = self._manager.fidelity_of(bound)
+        fidelity = self._manager.gate.fidelity(bound)
         try:
-            self._manager.refuse_fold(bound)
+            self._manager.gate.check(bound)
         except DeltaLost as error:
             log.warning("adapter stays unmerged", adapter=bound.digest, reason=str(error))
             return Folding(fidelity=fidelity, refusal=str(error))
