@@ -96,7 +96,7 @@ def test_an_adapter_that_would_arrive_broken_is_not_folded(faint: Path) -> None:
     before = weights_of(model)
     manager = AdapterManager(model)
     manager.load("faint", faint)
-    with pytest.raises(DeltaLost, match=r"by 0\.\d\d of its size.*max_delta_error \(0\.25\)"):
+    with pytest.raises(DeltaLost, match=r"by 0\.\d+ of its size.*max_delta_error \(0\.25\)"):
         manager.merge_adapter("faint")
     assert_same_weights(model, before)
     assert manager.fold_state.generation == 0
@@ -118,15 +118,15 @@ def test_merged_is_refused_with_the_number_and_auto_stays_unmerged_with_the_reas
     faint = faint_copy(tmp_path / "faint")
     base = {"model": str(DEMO / "base"), "device": "cpu", "dtype": "bfloat16"}
     with serving(demo_config(base=base, deployments=[])) as server:
-        with pytest.raises(ServerError, match=r"by 0\.99 of its size") as caught:
+        with pytest.raises(ServerError, match=r"by 0\.986 of its size") as caught:
             create(server.client, "faint", faint, "merged")
         assert (caught.value.code, caught.value.reason) == ("FAILED_PRECONDITION", "DELTA_LOST")
         made = create(server.client, "faint", faint, "auto")
         assert made.fidelity.delta_error == pytest.approx(1, abs=0.02)
         assert made.fidelity.unchanged_share > 0.98
-        assert "by 0.99 of its size" in made.fold_refusal
+        assert "by 0.986 of its size" in made.fold_refusal
         assert server.client.generate("hello", deployment="faint", max_tokens=4).mode == "unmerged"
-        with pytest.raises(ServerError, match=r"by 0\.99 of its size"), translated():
+        with pytest.raises(ServerError, match=r"by 0\.986 of its size"), translated():
             server.client.stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest(deployment="faint"))
         strong = create(server.client, "upper", DEMO / "upper", "merged")  # Negative control.
         assert strong.fidelity.delta_error < 0.02

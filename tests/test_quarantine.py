@@ -1,5 +1,6 @@
 """A base that cannot be given back, or is not what was loaded: nothing runs on it, and it is loaded again."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lorafold_adapters.errors import BaseCorrupt
 from lorafold_adapters.policy import PolicyKind
 from tests.conftest import demo_config, serving
 from tests.engines import Bench
-from tests.models import KINDS, assert_same_weights, tiny_llama, weights_of
+from tests.models import KINDS, assert_same_weights, logits_of, prompts, tiny_llama, weights_of
 
 MakeAdapter = Callable[..., Path]
 PROMPT = [5, 6, 7]
@@ -147,6 +148,43 @@ def test_a_base_that_is_damaged_while_an_adapter_is_dropped_is_loaded_again(adap
         assert isinstance(bench.submit("later", PROMPT).last, Finished)
         assert bench.recorder.health == [False, True]
         assert bench.engine.call(lambda: bench.manager.adapters).result(30) == {}
+
+
+def test_nothing_is_folded_into_a_base_that_was_found_damaged(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama()) as bench:
+        digest = bench.load(adapter_on_llama(**KINDS["plain"]))
+        weight = bench.model.get_parameter(CORRUPT)
+        gate = threading.Event()
+        bench.engine.call(lambda: gate.wait(30))
+        bench.engine.call(lambda: weight.view(torch.int32)[3, 5].bitwise_xor_(1))
+        found = bench.engine.call(bench.engine.weights.verify)
+        merged = bench.engine.merge(digest)  # Runs before the engine comes to loading the base again.
+        gate.set()
+        assert found.result(30).mismatched == (CORRUPT,)
+        with pytest.raises(BaseReloading, match=CORRUPT):
+            merged.result(30)
+        assert bench.engine.merge(digest).result(30).state.folded == digest
+        assert bench.engine.call(bench.engine.weights.verify).result(30).mismatched == ()
+
+
+def test_what_was_computed_from_a_damaged_base_is_computed_again(adapter_on_llama: MakeAdapter) -> None:
+    model, dora, ids = tiny_llama(), adapter_on_llama(**KINDS["dora"]), prompts(1, 9)
+    manager = AdapterManager(model)
+    manager.load("it", dora)
+    with manager.routed(["it"]):
+        expected = logits_of(model, ids)
+    report = manager.fidelity("it")
+    manager.detach()
+    manager = AdapterManager(model)
+    weight = model.get_parameter(CORRUPT)
+    with torch.no_grad():
+        weight[3] *= 100
+    manager.load("it", dora)
+    manager.fidelity("it")
+    manager.reload(tiny_llama())
+    with manager.routed(["it"]):
+        assert torch.equal(logits_of(model, ids), expected)
+    assert manager.fidelity("it") == report
 
 
 def test_a_base_that_stays_damaged_ends_the_engine(adapter_on_llama: MakeAdapter) -> None:

@@ -90,6 +90,7 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> Bou
     for name, update in updates.items():
         refuse_unserved_module(name, update, modules[name])
     refuse_leftovers(checkpoint, updates, parameters, is_base)
+    unroutable = [name for name, update in updates.items() if not runs_row_by_row(update, modules[name], model)]
     methods = sorted({update.method for update in updates.values() if isinstance(update, ThroughPeft)})
     return BoundAdapter(
         digest=checkpoint.digest,
@@ -98,8 +99,28 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> Bou
         targeted=len(targeted_modules(checkpoint, checkpoint.tensors)),
         bound=len(targeted_modules(checkpoint, placed_tensors(checkpoint, updates))),
         fold_refusal=quantised_refusal(updates, modules) or fold_refusal(updates, parameters),
-        route_refusal=f"{methods[0]} has no low-rank form that could run beside the weights" if methods else None,
+        route_refusal=route_refusal(methods, unroutable),
     )
+
+
+def runs_row_by_row(update: Update, module: nn.Module, model: PreTrainedModel) -> bool:
+    """False for a replaced module that may see something else than a row of activations for each token.
+
+    The norms of heads and the routers of experts do; where a vector is as wide as the model, it sees whole rows.
+    """
+    if not isinstance(update, Replaced) or isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        return True
+    width = model.config.get_text_config().hidden_size
+    return all(tensor.shape == (width,) for tensor in update.parameters.values())
+
+
+def route_refusal(methods: list[str], unroutable: list[str]) -> str | None:
+    """Why the adapter cannot run beside the weights, or None."""
+    if methods:
+        return f"{methods[0]} has no low-rank form that could run beside the weights"
+    if unroutable:
+        return f"it replaces '{unroutable[0]}', which does not work on whole rows"
+    return None
 
 
 def collect(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, Update]:
@@ -148,8 +169,13 @@ def collect_low_rank(name: str, module: Any) -> LowRank:
 
 def collect_rows(module: Any) -> NewRows:
     """The rows of trainable_token_indices; a tied head has the same ones as the embedding."""
-    values = module.trainable_tokens_delta[ADAPTER].detach()
-    return NewRows(index_K=torch.tensor(module.token_indices[ADAPTER], dtype=torch.int64), values_KM=values)
+    values, index = module.trainable_tokens_delta[ADAPTER].detach(), module.token_indices[ADAPTER]
+    rows = module.get_base_layer().weight.shape[0]
+    if not all(type(row) is int and 0 <= row < rows for row in index) or len(set(index)) < len(index):
+        raise AdapterCorrupt(
+            f"trainable_token_indices are {list(index)[:9]}, not distinct token ids below {rows}: correct them"
+        )
+    return NewRows(index_K=torch.tensor(index, dtype=torch.int64), values_KM=values)
 
 
 def collect_through_peft(module: Any, checkpoint: Checkpoint) -> ThroughPeft:
@@ -168,8 +194,13 @@ def with_biases(
 ) -> dict[str, Update]:
     """The updates, with the base's own biases that bias="all" or "lora_only" trained. Raises AdapterUnsupported."""
     result = dict(updates)
-    if checkpoint.options.get("bias", "none") == "none":
+    bias = checkpoint.options.get("bias", "none")
+    if bias == "none":
         return result
+    saved = {base_name(name) for name in checkpoint.tensors}
+    meant = {f"{name}.bias" for name in updates} if bias != "all" else parameters.keys()
+    if missing := sorted(name for name in meant if name.endswith(".bias") and name in parameters and name not in saved):
+        raise AdapterCorrupt(f"bias is '{bias}', and the adapter's files lack '{missing[0]}': copy it again")
     placed = {tensor.data_ptr() for update in updates.values() for tensor in update.tensors()}
     for tensor_name, tensor in checkpoint.tensors.items():
         name = base_name(tensor_name)
@@ -292,4 +323,5 @@ def changed_keys(update: Update) -> tuple[str, ...]:
 def same(one: Update, other: Update) -> bool:
     """True if both put the same tensors into the same kind of change."""
     pointers = [[tensor.data_ptr() for tensor in update.tensors()] for update in (one, other)]
-    return type(one) is type(other) and pointers[0] == pointers[1]
+    scales = [(getattr(update, "scaling", 1.0), getattr(update, "stored_as_IO", False)) for update in (one, other)]
+    return type(one) is type(other) and pointers[0] == pointers[1] and scales[0] == scales[1]

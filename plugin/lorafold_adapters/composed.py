@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorafold_adapters.binding import BoundAdapter, changed_keys, fold_refusal
+from lorafold_adapters.binding import BoundAdapter, changed_keys, fold_refusal, quantised_refusal
 from lorafold_adapters.compose import Composition, Piece, check_weights, combine
 from lorafold_adapters.delta import AddProduct, AddValues, Change
 from lorafold_adapters.errors import CompositionInvalid
@@ -124,7 +124,8 @@ def compose(parts: Sequence[tuple[BoundAdapter, float]], spec: Composition, mode
         updates=updates,
         targeted=len(updates),
         bound=len(updates),
-        fold_refusal=fold_refusal(updates, dict(model.named_parameters(remove_duplicate=False))),
+        fold_refusal=quantised_refusal(updates, dict(model.named_modules()))
+        or fold_refusal(updates, dict(model.named_parameters(remove_duplicate=False))),
         route_refusal=composed_route_refusal(updates, model),
     )
 

@@ -42,6 +42,10 @@ class FoldGate:
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 
+    def forget(self) -> None:
+        """Everything that was measured is measured again when it is asked for."""
+        self._known.clear()
+
     def check(self, bound: BoundAdapter) -> None:
         """Raises AdapterUnsupported if the adapter cannot be folded into this base, DeltaLost if it should not be.
 
@@ -55,7 +59,7 @@ class FoldGate:
             raise FoldFailed(f"adapter {bound.digest[:12]} cannot be folded, nothing was changed: {error}") from error
         if not lost <= self.max_delta_error:
             raise DeltaLost(
-                f"folding would change the adapter's delta by {lost:.2f} of its size, more than max_delta_error "
+                f"folding would change the adapter's delta by {lost:.3g} of its size, more than max_delta_error "
                 f"({self.max_delta_error:g}) allows, as {self._coarse} are too coarse for it: "
                 "serve it unmerged, or the base in a finer dtype"
             )

@@ -6,7 +6,7 @@ forward pass runs, except from inside `routed`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,10 @@ class AdapterManager:
         return self._fingerprint
 
     def base_as(self, dtype: str) -> str:
-        """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight."""
+        """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight.
+
+        Raises BaseCorrupt if one is not what was loaded.
+        """
         return cast_digest(self._model, dtype, self._stored)
 
     @property
@@ -261,12 +264,14 @@ class AdapterManager:
                 raise AdapterUnsupported(f"adapter '{name}' cannot be routed: {refusal}; fold it")
         spans = Spans.of(body)
         self._cell.current = Routing(body=spans, head=spans if head is None else Spans.of(head))
-        hook = self._model.register_forward_pre_hook(partial(refuse_other_sizes, len(body)), with_kwargs=True)
+        hook = self._model.register_forward_pre_hook(
+            partial(refuse_other_sizes, self._cell, len(body)), with_kwargs=True
+        )
         try:
             yield
         finally:
             hook.remove()
-            self._cell.current = None
+            self._cell.current = self._cell.tokens = None
 
     def reload(self, fresh: nn.Module) -> None:
         """Makes the weights what `fresh`, the same base newly loaded, holds. Raises BaseCorrupt if that differs too.
@@ -277,6 +282,9 @@ class AdapterManager:
         self._folded, self._generation = None, self._generation + 1
         take_over(self._model, fresh)
         self._weights.reload(dict(fresh.named_parameters(remove_duplicate=False)))
+        self.gate.forget()
+        for name, bound in self.adapters.items():
+            self.load(name, replace(bound, routes={}))  # What was computed from the damaged base is computed again.
 
     def extra_bytes(self, bound: BoundAdapter) -> int:
         """Memory that folding an adapter takes where the base is quantised: copies of the weights it changes."""
@@ -326,7 +334,10 @@ class AdapterManager:
 
     def _stored(self, name: str) -> Tensor:
         """A parameter as a checkpoint of the base would hold it."""
-        return self._weights.live(name) if name in self._quantised else self._weights.pristine(name)
+        stored = self._weights.live(name) if name in self._quantised else self._weights.pristine(name)
+        if not self._weights.is_base(name, stored):
+            raise BaseCorrupt(f"'{name}' is not what was loaded: load the base again")
+        return stored
 
     def _coarse(self) -> str:
         requantised = self._quantised and self._fold_options.requantise
@@ -362,11 +373,17 @@ class AdapterManager:
             raise AdapterInUse("rows are routed now: leave routed() first")
 
 
-def refuse_other_sizes(routed: int, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """A forward pre-hook: raises RoutingMismatch unless the batch has `routed` rows, or as many tokens."""
+def refuse_other_sizes(
+    cell: RoutingCell, routed: int, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """A forward pre-hook: raises RoutingMismatch unless the batch has `routed` rows, or as many tokens.
+
+    Tells the layers how many tokens there are.
+    """
     given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *inputs)
     batch = next((value for value in given if isinstance(value, Tensor)), None)
     if batch is not None and routed not in (batch.shape[0], batch.shape[0] * batch.shape[1]):
         raise RoutingMismatch(
             f"{routed} rows were routed, the batch has {batch.shape[0]}: name an adapter, or None, for each row"
         )
+    cell.tokens = None if batch is None else batch.shape[0] * batch.shape[1]

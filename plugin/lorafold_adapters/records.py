@@ -69,10 +69,10 @@ class Records(InPlace):
 
     def pristine(self, name: str) -> Tensor:
         """See `Undo`."""
+        self._settle()
         live = self._live[name]
         if not self._records.get(name):
             return live
-        self._settle()
         base = live.clone()
         for start, stop in self._records[name]:
             base[start:stop] = self._base(name, slice(start, stop))

@@ -46,7 +46,7 @@ def with_routes(bound: BoundAdapter, routes: Mapping[str, Route], max_error: flo
     if error is None or error <= max_error:
         return bound
     refusal = (
-        f"its low-rank form would change its delta by {error:.2f} of its size, more than max_delta_error "
+        f"its low-rank form would change its delta by {error:.3g} of its size, more than max_delta_error "
         f"({max_error:g}) allows: give the composition a higher rank"
     )
     return replace(bound, route_refusal=refusal)

@@ -60,6 +60,8 @@ class RoutingCell:
     """Shared by all installed layers of one model; None while nothing is routed."""
 
     current: Routing | None = None
+    tokens: int | None = None
+    """Of the whole batch, once it is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +78,12 @@ class Site:
         outputs_NO = outputs.view(-1, outputs.shape[-1])
         feature_axes = 0 if inputs.dtype in (torch.int32, torch.int64) else 1
         inputs_N = inputs.reshape(outputs_NO.shape[0], *inputs.shape[inputs.dim() - feature_axes :])
-        if outputs_NO.shape[0] % routed.units:
-            raise RoutingMismatch(f"a layer got {outputs_NO.shape[0]} tokens for {routed.units} routed rows")
+        expected = None if self.is_head else self.cell.tokens
+        if outputs_NO.shape[0] % routed.units or expected not in (None, outputs_NO.shape[0]):
+            raise RoutingMismatch(
+                f"a layer got {outputs_NO.shape[0]} tokens of a batch of {expected or routed.units}: it does not work "
+                "row by row; fold the adapter, or run one row at a time"
+            )
         tokens = outputs_NO.shape[0] // routed.units
         for span in routed.spans:
             path = self.paths.get(span.adapter)

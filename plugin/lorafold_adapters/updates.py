@@ -145,7 +145,9 @@ class ThroughPeft:
 
     def tensors(self) -> list[Tensor]:
         """See `Update`."""
-        return [tensor.detach() for tensor in self.layer.state_dict().values() if not tensor.is_meta]
+        own = {tensor.data_ptr() for tensor in self.layer.get_base_layer().parameters()}
+        state = self.layer.state_dict().values()
+        return [tensor.detach() for tensor in state if not tensor.is_meta and tensor.data_ptr() not in own]
 
     def to(self, device: torch.device) -> "ThroughPeft":
         """See `Update`; the layer follows the base weights that it is lent."""

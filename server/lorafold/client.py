@@ -235,7 +235,8 @@ def server_error(error: Any) -> ServerError:
             field_name = bad.field_violations[0].field
     message = error.details() or error.code().name
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not reason:
-        message = "the timeout passed before the answer was complete: allow more time or fewer max_tokens"
+        message = "the timeout passed before the answer was complete: allow more time or fewer max_tokens; "
+        message += "'lorafold weights state' says if a held adapter keeps others waiting"
     return ServerError(error.code().name, message, reason, field_name)
 
 

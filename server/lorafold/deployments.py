@@ -220,7 +220,9 @@ class Deployments:
         if policy is not PolicyKind.UNMERGED:
             folding = await self._measured(bound)
         if folding.refusal is not None and (policy is PolicyKind.MERGED or bound.route_refusal is not None):
-            self._manager.gate.check(bound)
+            await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
+        elif folding.refusal is not None and policy is PolicyKind.AUTO:
+            log.warning("adapter stays unmerged", adapter=bound.digest, reason=folding.refusal)
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
         return folding
 
@@ -231,11 +233,10 @@ class Deployments:
         parameters = self._manager.gate.measure(bound)
         while await asyncio.wrap_future(self._engine.call(lambda: next(parameters, None))) is not None:
             pass
-        fidelity = self._manager.gate.fidelity(bound)
+        fidelity = await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.fidelity(bound)))
         try:
-            self._manager.gate.check(bound)
+            await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
         except DeltaLost as error:
-            log.warning("adapter stays unmerged", adapter=bound.digest, reason=str(error))
             return Folding(fidelity=fidelity, refusal=str(error))
         return Folding(fidelity=fidelity)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import structlog
 from torch import nn
 
+from lorafold.errors import BaseReloading
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, LorafoldError
@@ -182,6 +183,8 @@ class WeightsControl:
 
     def sweep(self, used: set[str]) -> None:
         """Drops the adapters that no deployment points at and no row uses; on a damaged base, later."""
+        if self.damaged:
+            return
         for adapter in [name for name, count in self._wanted.items() if count <= 0]:
             if adapter == self._pinned:
                 self._pinned = None
@@ -207,6 +210,8 @@ class WeightsControl:
         return LaneView(pinned=self._pinned, rows=rows)
 
     def _change(self, adapter: str | None, reason: str) -> Change:
+        if self.damaged:
+            raise BaseReloading(f"the base is damaged and about to be loaded again: {self._reason}")
         before = self._manager.fold_state.generation
         start = time.perf_counter()
         written = 0
