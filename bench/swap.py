@@ -10,6 +10,7 @@ per-round ratios; the last line is one JSON object.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -25,7 +26,7 @@ from bench.adapters import ALL_LINEAR, STRENGTH, write_adapter
 from bench.environment import describe
 from bench.models import llama, saved, undo_kinds
 from bench.rounds import measure, ratio, record
-from bench.swap_variants import LAYERS, Floor, Folding, floor_of, folding_of, peft_of
+from bench.swap_variants import LAYERS, Floor, Folding, drawn, floor_of, folding_of, peft_of
 from lorafold.model import pick_device
 from lorafold_adapters.undo_kinds import UndoKind
 
@@ -39,7 +40,7 @@ Seconds = dict[str, list[float]]
 def written(rank: int) -> Iterator[list[Path]]:
     """The folders of two adapters, for as long as they are needed."""
     with tempfile.TemporaryDirectory() as scratch:
-        base = llama(LAYERS)
+        base = copy.deepcopy(drawn())  # PEFT writes into it.
         options: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": ALL_LINEAR}
         yield [write_adapter(base, Path(scratch) / name, seed, **options) for seed, name in enumerate("ab")]
 
@@ -136,7 +137,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="peft|transformers")
     arguments = parsed()
     device = pick_device(arguments.device)
-    rounds = 3 if arguments.quick else 25
+    rounds = 5 if arguments.quick else 25
     kinds = [kind for kind in undo_kinds(device) if not arguments.quick or kind in (*COPIES, "sparse")]
     results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, Seconds] = {}

@@ -1,8 +1,10 @@
 """The ways to change which adapter is in the weights, each on a model of its own."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -48,8 +50,14 @@ class Folding:
 
 
 def fresh(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The base."""
-    return placed(llama(LAYERS), device, dtype)
+    """The base; drawing its weights takes long, copying them does not."""
+    return placed(copy.deepcopy(drawn()), device, dtype)
+
+
+@cache
+def drawn() -> LlamaForCausalLM:
+    """The base in fp32, on the CPU; nobody changes it."""
+    return llama(LAYERS)
 
 
 def floor_of(device: torch.device, dtype: torch.dtype) -> Floor:
