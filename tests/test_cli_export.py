@@ -125,6 +125,7 @@ def test_a_server_exports_its_deployment(own: RunningServer, folder: Path) -> No
         (["--base", BASE, "--adapter", UPPER, "--shard-size", "tiny"], 2, "is no size"),
         (["--base", BASE, "--adapter", "nowhere"], 1, "no adapter folder"),
         (["--base", "no/such/model", "--adapter", UPPER], 1, "no folder here"),
+        (["--base", BASE, "--compose", "linear", "--part", f"{UPPER}:abc"], 2, "'abc' is no weight"),
     ],
 )
 def test_a_mistake_in_export_is_one_sentence(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:

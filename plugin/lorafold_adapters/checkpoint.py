@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def read_options(folder: Path) -> dict[str, Any]:
     """The adapter's configuration. Raises AdapterNotFound or AdapterCorrupt."""
     if not is_folder(folder):
-        raise AdapterNotFound(f"there is no adapter folder '{folder}': check the path as the server sees it")
+        raise AdapterNotFound(f"there is no adapter folder '{folder}': check the path, on the machine that reads it")
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise AdapterNotFound(f"'{folder}' has no {CONFIG_FILE}: point at a folder that PEFT's save_pretrained wrote")

@@ -119,6 +119,8 @@ async def deploy_all(parts: Parts, say: Say) -> None:
             f"deployed {made.name}: {made.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
             f"bound {bound.bound} of {bound.targeted} modules, base: {made.match}"
         )
+        if bound.route_error:
+            say(f"  beside the weights it is off by {bound.route_error:.3g} of its delta")
         if extra := parts.manager.extra_bytes(bound):
             say(f"  folding it takes {extra / 1e6:,.1f} MB beside the quantised base")
 

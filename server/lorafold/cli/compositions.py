@@ -72,11 +72,13 @@ def part_of(text: str) -> "CompositionPart":
 
 
 def split_part(text: str) -> tuple[str, float | None]:
-    """Folder and weight of one DIR[:WEIGHT]; a colon with no number after it belongs to the folder."""
+    """Folder and weight of one DIR[:WEIGHT]; a colon with no number after it belongs to the folder, if there is one."""
     folder, colon, number = text.rpartition(":")
     try:
         return (folder, float(number)) if colon else (text, None)
     except ValueError:
+        if Path(folder).is_dir() and not Path(text).exists():
+            raise click.UsageError(f"--part {text}: '{number}' is no weight: write DIR or DIR:NUMBER") from None
         return text, None
 
 
