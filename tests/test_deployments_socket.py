@@ -7,16 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lorafold.client import Client, ServerError, translated
 from lorafold.demo.reference import Reference
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO, RunningServer, demo_config, serving
-from tests.models import KINDS
+from tests.models import KINDS, save_adapter
 
 MakeAdapter = Callable[..., Path]
 
@@ -249,3 +251,18 @@ def test_two_changes_of_one_deployment_at_once_are_not_mixed(own: RunningServer)
     now = own.client.stubs.deployments.GetDeployment(pb.GetDeploymentRequest(name="raced")).deployment
     assert now.adapter_digest in digests
     delete(own.client, "raced")
+
+
+def test_an_adapter_that_only_folds_is_served_folded(own: RunningServer, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "base")
+    save_adapter(model, tmp_path, method=peft.LoHaConfig, target_modules=["v_proj", "up_proj"], r=4, alpha=400)
+    with pytest.raises(ServerError, match="LOHA has no low-rank form") as caught:
+        create(own.client, "loha", tmp_path, "unmerged")
+    assert caught.value.reason == "ADAPTER_UNSUPPORTED"
+    made = create(own.client, "loha", tmp_path, "auto")
+    assert made.adapter_kind == "LOHA"
+    assert "LOHA" in made.route_refusal
+    answer = own.client.generate("hello", deployment="loha", max_tokens=8)
+    assert answer.mode == "merged"
+    assert answer.text != own.client.generate("hello", max_tokens=8).text  # Negative control.
+    delete(own.client, "loha")
