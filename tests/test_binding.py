@@ -8,9 +8,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.binding import runs_row_by_row
 from lorafold_adapters.errors import AdapterCorrupt, AdapterUnsupported, RoutingMismatch
+from lorafold_adapters.updates import LowRank
 from tests.kinds import gemma, gpt2, mixtral
 from tests.models import apart, logits_of, prompts, save_adapter, tiny_llama, tiny_qwen
 from tests.tolerances import LOGITS
@@ -75,3 +78,14 @@ def test_a_layer_that_all_rows_share_is_not_routed_row_by_row(tmp_path: Path) ->
     with manager.routed(["it"]):
         routed = logits_of(model, prompts(1, 4))
     assert apart(routed, logits_of(oracle, prompts(1, 4))) < LOGITS[torch.float32]
+
+
+def test_single_experts_see_some_tokens_only() -> None:
+    """transformers keeps experts in one tensor where it can; models of one module for each are told by their names."""
+    update, layer, model = (
+        LowRank(a_RI=torch.ones(1, 2), b_OR=torch.ones(2, 1), scaling=1.0),
+        nn.Linear(2, 2),
+        tiny_llama(),
+    )
+    assert not runs_row_by_row("model.layers.0.mlp.experts.3.up_proj", update, layer, model)
+    assert runs_row_by_row("model.layers.0.mlp.shared_expert.up_proj", update, layer, model)

@@ -90,7 +90,7 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> Bou
     for name, update in updates.items():
         refuse_unserved_module(name, update, modules[name])
     refuse_leftovers(checkpoint, updates, parameters, is_base)
-    unroutable = [name for name, update in updates.items() if not runs_row_by_row(update, modules[name], model)]
+    unroutable = [name for name, update in updates.items() if not runs_row_by_row(name, update, modules[name], model)]
     methods = sorted({update.method for update in updates.values() if isinstance(update, ThroughPeft)})
     return BoundAdapter(
         digest=checkpoint.digest,
@@ -103,11 +103,17 @@ def bind(checkpoint: Checkpoint, model: PreTrainedModel, is_base: IsBase) -> Bou
     )
 
 
-def runs_row_by_row(update: Update, module: nn.Module, model: PreTrainedModel) -> bool:
-    """False for a replaced module that may see something else than a row of activations for each token.
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
-    The norms of heads and the routers of experts do; where a vector is as wide as the model, it sees whole rows.
+
+def runs_row_by_row(name: str, update: Update, module: nn.Module, model: PreTrainedModel) -> bool:
+    """False for a module that may see something else than a row of activations for each token.
+
+    Single experts see only the tokens that are sent to them; the norms of heads and the routers of experts, which may
+    be replaced whole, see other shapes. Where a replaced vector is as wide as the model, it sees whole rows.
     """
+    if EXPERT.search(name):
+        return False
     if not isinstance(update, Replaced) or isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         return True
     width = model.config.get_text_config().hidden_size
@@ -119,7 +125,7 @@ def route_refusal(methods: list[str], unroutable: list[str]) -> str | None:
     if methods:
         return f"{methods[0]} has no low-rank form that could run beside the weights"
     if unroutable:
-        return f"it replaces '{unroutable[0]}', which does not work on whole rows"
+        return f"it changes '{unroutable[0]}', which does not see a whole row for every token"
     return None
 
 
