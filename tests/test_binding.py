@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.binding import runs_row_by_row
 from lorafold_adapters.errors import AdapterCorrupt, AdapterUnsupported, RoutingMismatch
+from lorafold_adapters.modes import runs_row_by_row
 from lorafold_adapters.updates import LowRank
 from tests.kinds import gemma, gpt2, mixtral
 from tests.models import apart, logits_of, prompts, save_adapter, tiny_llama, tiny_qwen

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorafold_adapters.binding import BoundAdapter, changed_keys, fold_refusal, quantised_refusal
+from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.compose import Composition, Piece, check_weights, combine
 from lorafold_adapters.delta import AddProduct, AddValues, Change
 from lorafold_adapters.errors import CompositionInvalid
 from lorafold_adapters.fold import shared_once
+from lorafold_adapters.modes import changed_keys, fold_refusal, quantised_refusal
 from lorafold_adapters.truncate import truncated_product
 from lorafold_adapters.updates import LowRank, Pristine, ThroughPeft, Update
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafold_adapters.binding import BoundAdapter, changed_keys
+from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.composed import Combined, Composed
+from lorafold_adapters.modes import changed_keys
 from lorafold_adapters.truncate import truncated
 from lorafold_adapters.updates import LowRank, NewRows, Pristine, Replaced, Route, ThroughPeft, Update
 
