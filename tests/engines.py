@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from lorafold.engine.emit import Vocabulary
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
+from lorafold.engine.pages import PagePool
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import Change, WeightsControl
@@ -18,6 +19,8 @@ from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.policy import Mode, PolicyKind, TurnTaking
 from tests.models import tiny_llama
+
+PAGE = 16
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Bench:
         *,
         slots: int = 8,
         length: int = 512,
+        pages: int | None = None,
         prefill: int = 64,
         turn: float = 0.01,
         load_base: Callable[[], nn.Module] = tiny_llama,
@@ -78,8 +82,9 @@ class Bench:
         self.model = model
         self.manager = AdapterManager(model)
         self.recorder = Recorder()
-        self.runner = Runner(model, self.manager, SlotCache(slots=slots, length=length))
-        self.scheduler = Scheduler(slots=slots, max_waiting=1000, prefill_tokens=prefill)
+        pool = PagePool(pages=pages or 1 + slots * -(-length // PAGE), size=PAGE)
+        self.runner = Runner(model, self.manager, PagedCache(pages=pool.pages, size=PAGE))
+        self.scheduler = Scheduler(pool=pool, max_batch=slots, max_waiting=1000, prefill_tokens=prefill)
         self.engine = Engine(
             runner=self.runner,
             weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append, load_base),

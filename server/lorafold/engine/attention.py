@@ -1,13 +1,14 @@
 """Our attention function in transformers' `AttentionInterface`.
 
-A step packs tokens of many sequences into one row [1, T]. Each token's key and value go to its sequence's slot of the
-cache; then every sequence attends to its own slot only. No mask function is registered under our name, so the model
-builds no mask and hands us `step`, the plan of the batch, with the keywords of its forward.
+A step packs tokens of many sequences into one row [1, T]. Each token's key and value go to its place in the cache; then
+every sequence attends to its own places only. No mask function is registered under our name, so the model builds no
+mask and hands us `step`, the plan of the batch, with the keywords of its forward.
 
 Shapes in the names: T packed tokens, B decoding sequences, N tokens of one prompt chunk, L cached length,
-H query heads, K key-value heads, D head width.
+H query heads, K key-value heads, G = H / K, D head width, P places of the cache.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lorafold.engine.kv_cache import Chunk, Step
+from lorafold.engine.kv_cache import Chunk, Decoding, Run, Step
 
 NAME = "lorafold"
 SPY = "lorafold-probe"
 # What models pass that changes nothing when decoding without gradients.
 HARMLESS = {"position_ids", "is_causal", "use_cache", "output_attentions", "output_router_logits", "cache_position"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What one layer computes."""
+
+    scale: float
+    window: int | None
+    """How many places a token sees, its own included; None: all before it."""
+    softcap: float | None
+    """Scores are squeezed into this range by tanh (Gemma 2)."""
 
 
 def attend(
@@ -41,15 +53,14 @@ def attend(
     if step is None:
         raise NotImplementedError("the model does not hand its keywords on to its attention")
     refuse_unknown(others)
-    keys, values = step.cache.store(getattr(module, "layer_idx", 0), key, value, step)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    output_HTD = query.new_empty(query.shape[1], query.shape[2], value.shape[-1])
-    if step.decoding_B.numel():
-        output_HTD[:, step.decoding_B] = decode(query[0], keys, values, step, scale, sliding_window, softcap)
-    for chunk in step.chunks:
-        part = slice(chunk.start, chunk.stop)
-        output_HTD[:, part] = prefill(query[0, :, part], keys, values, chunk, scale, sliding_window, softcap)
-    return output_HTD.transpose(0, 1).unsqueeze(0).contiguous(), None
+    keys_PKD, values_PKD = step.cache.store(getattr(module, "layer_idx", 0), key, value, step.place_T)
+    kind = Kind(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap)
+    query_THD = query[0].transpose(0, 1)
+    outputs = [prefill(query_THD[chunk.start : chunk.stop], keys_PKD, values_PKD, chunk, kind) for chunk in step.chunks]
+    if step.decoding is not None:
+        outputs.insert(0, decode(query_THD[: step.decoding.count], keys_PKD, values_PKD, step.decoding, kind))
+    output_THD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output_THD.unsqueeze(0), None
 
 
 def refuse_unknown(keywords: dict[str, Any]) -> None:
@@ -61,43 +72,45 @@ def refuse_unknown(keywords: dict[str, Any]) -> None:
         raise NotImplementedError(f"the model's attention uses {', '.join(sorted(unknown))}")
 
 
-def decode(
-    query_HTD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step: Step,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One token of each decoding sequence against its whole slot; returns [H, B, D]."""
-    query_BHD = query_HTD[:, step.decoding_B].transpose(0, 1).unsqueeze(2)
-    slot_B, position_B = step.slot_T[step.decoding_B], step.position_T[step.decoding_B]
-    keys_BKLD = keys[slot_B, :, : step.decoding_length]
-    values_BKLD = values[slot_B, :, : step.decoding_length]
-    place_L = torch.arange(step.decoding_length, device=query_HTD.device)
-    seen_BL = visible(place_L, position_B.unsqueeze(1), window)
-    output = scaled_dot_product(query_BHD, keys_BKLD, values_BKLD, seen_BL[:, None, None], scale, softcap)
-    return output.squeeze(2).transpose(0, 1)
+def decode(query_BHD: Tensor, keys_PKD: Tensor, values_PKD: Tensor, decoding: Decoding, kind: Kind) -> Tensor:
+    """One token of each sequence against all that it sees; returns [B, H, D]. Reads the cache where it lies."""
+    heads, groups = keys_PKD.shape[1], query_BHD.shape[1] // keys_PKD.shape[1]
+    query_BKGD = query_BHD.reshape(decoding.count, heads, groups, -1)
+    outputs = [
+        scaled_dot_product(
+            query_BKGD[row : row + 1], piece(keys_PKD, runs, kind.window), piece(values_PKD, runs, kind.window), kind
+        )
+        for row, runs in enumerate(decoding.runs)
+    ]
+    return torch.cat(outputs).reshape(decoding.count, heads * groups, -1)
 
 
-def prefill(
-    query_HND: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chunk: Chunk,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """A chunk of one prompt against what its slot holds by now; returns [H, N, D]."""
+def prefill(query_NHD: Tensor, keys_PKD: Tensor, values_PKD: Tensor, chunk: Chunk, kind: Kind) -> Tensor:
+    """Neighbouring tokens of one sequence against what it has by now; returns [N, H, D]."""
     tokens = chunk.stop - chunk.start
+    keys_KLD, values_KLD = piece(keys_PKD, chunk.runs), piece(values_PKD, chunk.runs)
     length = chunk.past + tokens
-    place_L = torch.arange(length, device=query_HND.device)
-    seen_NL = visible(place_L, place_L[chunk.past :].unsqueeze(1), window)
-    keys_KLD, values_KLD = keys[chunk.slot, :, :length], values[chunk.slot, :, :length]
-    output = scaled_dot_product(query_HND[None], keys_KLD[None], values_KLD[None], seen_NL, scale, softcap)
-    return output[0]
+    seen_NL = None
+    if chunk.past or kind.softcap is not None or length > (kind.window or length):
+        place_L = torch.arange(length, device=query_NHD.device)
+        seen_NL = visible(place_L, place_L[chunk.past :].unsqueeze(1), kind.window)
+    output_HND = scaled_dot_product(query_NHD.transpose(0, 1)[None], keys_KLD, values_KLD, kind, seen_NL, causal=True)
+    return output_HND[0].transpose(0, 1)
+
+
+def piece(cached_PKD: Tensor, runs: tuple[Run, ...], window: int | None = None) -> Tensor:
+    """The last `window` places of a sequence as [1, K, L, D]: where they lie if that is one run, or else copied."""
+    if len(runs) > 1:
+        whole = torch.cat([cached_PKD[start:stop] for start, stop in runs])
+        start, stop = 0, whole.shape[0]
+    else:
+        whole, (start, stop) = cached_PKD, runs[0]
+    if window is not None:
+        start = max(start, stop - window)
+    _, heads, width = whole.shape
+    return whole.as_strided(
+        (1, heads, stop - start, width), (0, width, heads * width, 1), whole.storage_offset() + start * heads * width
+    )
 
 
 def visible(place_L: Tensor, position: Tensor, window: int | None) -> Tensor:
@@ -107,16 +120,23 @@ def visible(place_L: Tensor, position: Tensor, window: int | None) -> Tensor:
 
 
 def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, kind: Kind, seen: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
-    """Attention with grouped key-value heads; with `softcap` (Gemma 2) the scores are squeezed by tanh first."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
+    """Attention with grouped key-value heads: query [1, H, N, D], key and value [1, K, L, D].
+
+    Without `seen` [N, L], tokens see everything, or, if `causal`, what is not after them (N = L then).
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if kind.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, seen, scale=kind.scale, is_causal=causal and seen is None, enable_gqa=grouped
+        )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
-    weights = scores.masked_fill(~seen, float("-inf")).float().softmax(dim=-1)
-    return weights.to(value.dtype) @ value
+    scores = torch.tanh(query @ key.transpose(-1, -2) * kind.scale / kind.softcap) * kind.softcap
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.float().softmax(dim=-1).to(value.dtype) @ value
 
 
 def register_spy() -> set[int]:

@@ -1,101 +1,149 @@
-"""Keys and values of running sequences: one slot of fixed length for each, and the plan of one step over them.
+"""Keys and values of running sequences in pages, and the plan of one step over them. `pages` knows which is whose.
 
-A slot holds what one adapter computed. A step reads a slot up to the longest sequence in the batch, places after the
-sequence's own end included: they are masked, but 0 times NaN is NaN, so a new sequence finds nothing but zeros there.
+Per layer two tensors [P, S, K, D]: P pages of S tokens, K key-value heads, D head width. A place is a token's index in
+[P * S]. What a page held before is never read: attention sees a sequence's own places only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lorafold.engine.pages import SCRATCH
 
-class SlotCache:
-    """For each layer keys and values [slots, K, length, D], made when the layer first runs, filled with zeros."""
+Run = tuple[int, int]
+"""First place, and one past the last, of neighbouring places."""
 
-    def __init__(self, *, slots: int, length: int) -> None:
-        self.slots = slots
-        self.length = length
-        self.written = [0] * slots
-        """How far each slot was written by its latest sequence."""
+
+class PagedCache:
+    """Keys and values of every layer, made when the layer first runs."""
+
+    def __init__(self, *, pages: int, size: int) -> None:
+        self.pages = pages
+        self.size = size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def store(self, layer: int, key: Tensor, value: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """Puts `key` and `value` [1, K, T, D] of a step in their places; returns the layer's whole cache."""
+    def store(self, layer: int, key: Tensor, value: Tensor, place_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts `key` and `value` [1, K, T, D] in their places; returns all of the layer's, [P * S, K, D]."""
         if layer not in self._layers:
-            self._layers[layer] = (self._zeros(key), self._zeros(value))
-        for cached, new in zip(self._layers[layer], (key, value), strict=True):
-            for chunk in step.chunks:
-                cached[chunk.slot, :, : chunk.stale].zero_()
-            cached[step.slot_T, :, step.position_T] = new[0].transpose(0, 1)
-        return self._layers[layer]
+            self._layers[layer] = (self._room(key), self._room(value))
+        keys, values = self._layers[layer]
+        keys.index_copy_(0, place_T, key[0].transpose(0, 1))
+        values.index_copy_(0, place_T, value[0].transpose(0, 1))
+        return keys, values
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.slots, like.shape[1], self.length, like.shape[3])
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.pages * self.size, like.shape[1], like.shape[3])
 
     @property
     def nbytes(self) -> int:
-        """Memory in use, all layers."""
+        """Memory of all layers that have run."""
         return sum(key.nbytes + value.nbytes for key, value in self._layers.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one step runs of one sequence."""
+
+    tokens: int
+    past: int
+    """Tokens of the sequence that are cached already."""
+    pages: Sequence[int]
+    """Room for all of them, in order."""
+    decodes: bool
+    """True for the single next token of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Part of a prompt that one step reads."""
+    """Tokens of one sequence that a step reads together."""
 
     start: int
     """First token of the chunk in the packed row."""
     stop: int
     """One past its last token."""
-    slot: int
     past: int
-    """Tokens of the sequence that are cached already."""
-    stale: int
-    """Places from the slot's first that an earlier sequence wrote and this one must find empty."""
+    runs: tuple[Run, ...]
+    """Where the sequence lies, these tokens included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """Sequences that decode one token each: the first ones of the packed row."""
+
+    count: int
+    runs: tuple[tuple[Run, ...], ...]
+    """Where each sequence lies, its new token included."""
+    pages_BN: Tensor
+    """int32; filled up with the scratch page."""
+    length_B: Tensor
+    """int32: tokens of each sequence, the new one included; 0 for rows that only pad the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """Where each token of one packed row [1, T] belongs."""
 
-    cache: SlotCache
-    slot_T: Tensor
+    cache: PagedCache
+    place_T: Tensor
     """int64."""
     position_T: Tensor
     """int64: its place in its sequence."""
-    decoding_B: Tensor
-    """int64: indices in the row of sequences that decode one token."""
-    decoding_length: int
-    """Cached length that covers every decoding sequence."""
+    decoding: Decoding | None
     chunks: tuple[Chunk, ...]
 
 
-LENGTH_BUCKET = 64
-
-
-def plan_step(cache: SlotCache, parts: list[tuple[int, int, int]], device: torch.device) -> Step:
-    """The step that runs `parts` = (slot, tokens cached already, tokens to run) in this order."""
-    slots: list[int] = []
+def plan_step(cache: PagedCache, parts: Sequence[Part], device: torch.device) -> Step:
+    """The step that runs `parts` in this order; those that decode come first."""
+    places: list[int] = []
     positions: list[int] = []
-    decoding: list[int] = []
     chunks: list[Chunk] = []
-    longest = start = 0
-    for slot, past, tokens in parts:
-        slots += [slot] * tokens
-        positions += range(past, past + tokens)
-        if tokens == 1 and past > 0:
-            decoding.append(start)
-            longest = max(longest, past + 1)
-        else:
-            stale = 0 if past else cache.written[slot]
-            chunks.append(Chunk(start=start, stop=start + tokens, slot=slot, past=past, stale=stale))
-        cache.written[slot] = past + tokens
-        start += tokens
+    for part in parts:
+        stop = part.past + part.tokens
+        if not part.decodes:
+            runs = runs_of(part.pages, stop, cache.size)
+            start = len(places)
+            chunks.append(Chunk(start=start, stop=start + part.tokens, past=part.past, runs=runs))
+        positions += range(part.past, stop)
+        places += [part.pages[at // cache.size] * cache.size + at % cache.size for at in range(part.past, stop)]
     return Step(
         cache=cache,
-        slot_T=torch.tensor(slots, device=device),
+        place_T=torch.tensor(places, device=device),
         position_T=torch.tensor(positions, device=device),
-        decoding_B=torch.tensor(decoding, dtype=torch.int64, device=device),
-        decoding_length=min(-(-longest // LENGTH_BUCKET) * LENGTH_BUCKET, cache.length),
+        decoding=plan_decoding(cache, [part for part in parts if part.decodes], device),
         chunks=tuple(chunks),
     )
+
+
+def plan_decoding(cache: PagedCache, parts: Sequence[Part], device: torch.device) -> Decoding | None:
+    """Where the sequences lie that decode. On a CPU as runs, on a GPU as tables."""
+    if not parts:
+        return None
+    lengths = [part.past + 1 for part in parts]
+    if device.type == "cpu":
+        runs = tuple(runs_of(part.pages, length, cache.size) for part, length in zip(parts, lengths, strict=True))
+        tables: list[list[int]] = []
+    else:
+        runs = ()
+        widest = max(-(-length // cache.size) for length in lengths)
+        tables = [[*part.pages[:widest], *[SCRATCH] * (widest - len(part.pages))] for part in parts]
+    return Decoding(
+        count=len(parts),
+        runs=runs,
+        pages_BN=torch.tensor(tables, dtype=torch.int32, device=device),
+        length_B=torch.tensor(lengths, dtype=torch.int32, device=device),
+    )
+
+
+def runs_of(pages: Sequence[int], tokens: int, size: int) -> tuple[Run, ...]:
+    """The places of the first `tokens` tokens, as few pieces as possible."""
+    runs: list[Run] = []
+    for index in range(-(-tokens // size)):
+        start = pages[index] * size
+        stop = start + min(size, tokens - index * size)
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((start, stop))
+    return tuple(runs)

@@ -167,7 +167,8 @@ class Engine:
                 self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
 
     def _tidy(self) -> None:
-        self._scheduler.check_integrity()
+        if not self._scheduler.rows:
+            self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running))
         self.weights.sweep({row.request.adapter for row in self._scheduler.rows if row.request.adapter is not None})
 
@@ -219,6 +220,7 @@ class Engine:
                 row, BaseReloading("the base was found damaged and is being loaded again: send the request again")
             )
         self.weights.recover()
+        self._scheduler.pool.forget()
         self._on_health(True)
 
     def _run(self, parts: list[Part], lane: Lane) -> None:
@@ -226,7 +228,7 @@ class Engine:
         pieces = [
             Piece(
                 tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
-                slot=part.row.slot,
+                pages=part.row.pages,
                 past=part.row.cached,
                 adapter=part.row.request.adapter if lane is None else None,
                 samples=part.samples,
@@ -236,21 +238,20 @@ class Engine:
         try:
             logits_SV = self._runner.run(pieces)
             sampling = [part.row for part in parts if part.samples]
-            for part in parts:
-                part.row.cached += part.tokens
+            read = [self._scheduler.ran(part) for part in parts]
             self._extend(sampling, logits_SV, lane)
         except torch.AcceleratorError:
             raise  # The device's context is lost, and with it every later step.
         except Exception as error:
             self._step_failed(parts, error)
             return
-        observe(self._observer, parts, lane, self.now() - start)
+        observe(self._observer, parts, read, lane, self.now() - start)
 
     def _step_failed(self, parts: list[Part], error: Exception) -> None:
         log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
         told: LorafoldError = StepFailed(f"the model failed on this batch ({error}): send the request again")
         if isinstance(error, torch.OutOfMemoryError):
-            told = DeviceFull("the device's memory is full: lower engine.max_batch or engine.prefill_tokens")
+            told = DeviceFull("the device's memory is full: lower engine.kv_memory_gib or engine.prefill_tokens")
         for part in parts:
             if part.row in self._scheduler.running:
                 self._fail(part.row, told)
