@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import structlog
 import torch
 from torch import Tensor
 from transformers import (
@@ -22,9 +23,11 @@ from lorafold.config import BaseConfig
 from lorafold.engine import attention
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache, Part, plan_step
+from lorafold.engine.linear import choose_linear
 from lorafold.errors import ModelUnsupported
 from lorafold_adapters.quantised import keep_as_loaded, quantised_modules
 
+log = structlog.get_logger(__name__)
 PROBE_TOKENS = 24
 PROBE_PAGE = 4
 # Largest difference of logits between two attention implementations, over the largest logit: some units in the last
@@ -76,6 +79,8 @@ def load_base(config: BaseConfig, path: str) -> LoadedBase:
         cast(torch.nn.Module, model).eval().requires_grad_(False)
         keep_as_loaded(model)
     found = use_our_attention(model)
+    if means := choose_linear(model):
+        log.info("linear layers", by_tokens=means)
     return LoadedBase(
         model=model,
         tokenizer=tokenizer,
