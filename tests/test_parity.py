@@ -182,8 +182,8 @@ def test_a_window_that_only_the_mask_knows_limits_the_context() -> None:
 
 
 def test_a_wrong_attention_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold.engine import attention
+    from lorafold.engine import attention_means
 
-    monkeypatch.setattr(attention, "visible", lambda place, position, window: place <= position + 1)
+    monkeypatch.setattr(attention_means, "visible", lambda place, position, window: place <= position + 1)
     with pytest.raises(ModelUnsupported, match="off by"):
         use_our_attention(family("Llama", "cpu"))

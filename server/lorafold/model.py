@@ -21,6 +21,7 @@ from transformers import (
 
 from lorafold.config import BaseConfig
 from lorafold.engine import attention
+from lorafold.engine.attention_means import GATHERED, IN_PLACE
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache, Part, plan_step
 from lorafold.engine.linear import choose_linear
@@ -242,6 +243,7 @@ def use_our_attention(model: PreTrainedModel) -> Found:
 def probe(model: PreTrainedModel, ids_T: Tensor, cache: PagedCache) -> Tensor:
     """Logits of a prompt read in two chunks and then two single tokens, through our attention."""
     pages = range(cache.pages - 1, 0, -1)
+    means = IN_PLACE if ids_T.device.type == "cpu" else GATHERED
     logits = []
     for past, stop in (
         (0, 9),
@@ -250,7 +252,13 @@ def probe(model: PreTrainedModel, ids_T: Tensor, cache: PagedCache) -> Tensor:
         (PROBE_TOKENS - 1, PROBE_TOKENS),
     ):
         part = Part(tokens=stop - past, past=past, pages=pages, decodes=stop - past == 1)
-        step = plan_step(cache, [part], ids_T.device)
-        out = model(input_ids=ids_T[None, past:stop], position_ids=step.position_T[None], use_cache=False, step=step)
+        step = plan_step(cache, [part], ids_T.device, with_tables=means.tables)
+        out = model(
+            input_ids=ids_T[None, past:stop],
+            position_ids=step.position_T[None],
+            use_cache=False,
+            step=step,
+            means=means,
+        )
         logits.append(out.logits[0])
     return torch.cat(logits)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorafold.engine.attention_means import GATHERED, IN_PLACE
 from lorafold.engine.kv_cache import PagedCache, Part, plan_step
 from lorafold.engine.pages import SCRATCH
 from lorafold_adapters import AdapterManager
@@ -46,6 +47,7 @@ class Runner:
         self._model = model
         self._manager = manager
         self._cache = cache
+        self._means = IN_PLACE if model.device.type == "cpu" else GATHERED
 
     def warm_up(self) -> None:
         """Runs one token, so that the cache takes its memory now. Raises DeviceFull if there is not enough."""
@@ -60,7 +62,7 @@ class Runner:
         order = sorted(range(len(pieces)), key=lambda index: (not pieces[index].decodes, pieces[index].adapter or ""))
         batch = [pieces[index] for index in order]
         device = self._model.device
-        step = plan_step(self._cache, [piece.part for piece in batch], device)
+        step = plan_step(self._cache, [piece.part for piece in batch], device, with_tables=self._means.tables)
         ends, heads = self._ends(batch)
         body = [piece.adapter for piece in batch for _ in piece.tokens]
         with self._manager.routed(body, heads) if any(body) else nullcontext():
@@ -70,6 +72,7 @@ class Runner:
                 logits_to_keep=0 if len(ends) == len(body) else torch.tensor(ends, device=device),
                 use_cache=False,
                 step=step,
+                means=self._means,
             ).logits[0]
         asked = [index for index in order if pieces[index].samples]
         if asked != sorted(asked):

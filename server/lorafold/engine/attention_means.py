@@ -1,0 +1,150 @@
+"""By which means attention over the cache is computed, each in two forms: one token of each of many sequences, and
+chunks of prompts. All compute the same.
+
+Shapes in the names: T packed tokens, B decoding sequences, N tokens of one chunk, L places that are seen;
+H query heads, K key-value heads, G = H / K, D head width; P pages of S places.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from lorafold.engine.kv_cache import Chunk, Step, Whereabouts
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What one layer computes."""
+
+    scale: float
+    window: int | None
+    """How many places a token sees, its own included; None: all before it."""
+    softcap: float | None
+    """Scores are squeezed into this range by tanh (Gemma 2)."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Step, Kind], Tensor]
+"""Takes queries [tokens, H, D], a layer's keys and values [P, S, K, D], the step and the kind; returns [tokens, H, D].
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """One way to compute attention."""
+
+    name: str
+    decode: Attend
+    """Of the sequences of the step that decode: takes the queries of these alone."""
+    prefill: Attend
+    """Of its chunks: takes the queries of all tokens."""
+    tables: bool
+    """True if it reads on the device where sequences lie."""
+
+
+def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
+    """Sequence by sequence, reading the cache where it lies: for CPUs, where that is dearer than a call."""
+    heads = keys_PSKD.shape[2]
+    query_BKGD = query_BHD.reshape(len(query_BHD), heads, query_BHD.shape[1] // heads, -1)
+    outputs = []
+    for row, where in enumerate(step.decoding_at):
+        key, value = places(keys_PSKD, where, kind.window), places(values_PSKD, where, kind.window)
+        outputs.append(scaled_dot_product(query_BKGD[row : row + 1], key, value, kind))
+    return torch.cat(outputs).reshape(query_BHD.shape)
+
+
+def decode_gathered(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
+    """All sequences at once, on copies of equal length: for GPUs that have nothing better."""
+    assert step.decoding_tables is not None
+    pages_BN, length_B = step.decoding_tables.pages_BN, step.decoding_tables.length_B
+    place_L = torch.arange(pages_BN.shape[1] * step.cache.size, device=query_BHD.device)
+    seen_BL = visible(place_L, length_B.unsqueeze(1) - 1, kind.window)
+    key, value = (
+        cached[pages_BN].flatten(1, 2).masked_fill_(~seen_BL[:, :, None, None], 0).transpose(1, 2)
+        for cached in (keys_PSKD, values_PSKD)
+    )
+    output_BH1D = scaled_dot_product(query_BHD.unsqueeze(2), key, value, kind, seen_BL[:, None, None])
+    return output_BH1D.squeeze(2)
+
+
+def decode_triton(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
+    """All sequences at once, reading the cache where it lies, in one kernel."""
+    from lorafold.engine import paged_attention
+
+    assert step.decoding_tables is not None
+    return paged_attention.decode(
+        query_BHD,
+        keys_PSKD,
+        values_PSKD,
+        step.decoding_tables.pages_BN,
+        step.decoding_tables.length_B,
+        scale=kind.scale,
+        window=kind.window,
+        softcap=kind.softcap,
+    )
+
+
+def prefill_by_chunk(query_THD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
+    """Chunk by chunk."""
+    return torch.cat([prefill_chunk(query_THD, keys_PSKD, values_PSKD, chunk, kind) for chunk in step.chunks])
+
+
+def prefill_chunk(query_THD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, chunk: Chunk, kind: Kind) -> Tensor:
+    """Neighbouring tokens of one sequence against what it has by now; returns [N, H, D]."""
+    query_HND = query_THD[chunk.start : chunk.stop].transpose(0, 1)
+    length = chunk.past + chunk.stop - chunk.start
+    seen_NL = None
+    if kind.softcap is not None or length > (kind.window or length) or (chunk.past and not query_THD.is_cuda):
+        place_L = torch.arange(length, device=query_THD.device)
+        seen_NL = visible(place_L, place_L[chunk.past :].unsqueeze(1), kind.window)
+    elif chunk.past:
+        seen_NL = causal_lower_right(query_HND.shape[1], length)
+    key, value = places(keys_PSKD, chunk.where), places(values_PSKD, chunk.where)
+    return scaled_dot_product(query_HND[None], key, value, kind, seen_NL, causal=True)[0].transpose(0, 1)
+
+
+IN_PLACE = Means("in place", decode_in_place, prefill_by_chunk, tables=False)
+"""For CPUs."""
+GATHERED = Means("sdpa", decode_gathered, prefill_by_chunk, tables=True)
+TRITON = Means("triton", decode_triton, prefill_by_chunk, tables=True)
+
+
+def places(cached_PSKD: Tensor, where: Whereabouts, window: int | None = None) -> Tensor:
+    """The last `window` places of a sequence as [1, K, L, D]: where they lie if they are neighbours, or else copied."""
+    heads, width = cached_PSKD.shape[2:]
+    if where.place_L is not None:
+        place_L = where.place_L if window is None else where.place_L[-window:]
+        return cached_PSKD.flatten(0, 1).index_select(0, place_L).transpose(0, 1)[None]
+    start = where.start if window is None else max(where.start, where.stop - window)
+    shape, strides = (1, heads, where.stop - start, width), (0, width, heads * width, 1)
+    return cached_PSKD.as_strided(shape, strides, start * heads * width)
+
+
+def visible(place_L: Tensor, position: Tensor, window: int | None) -> Tensor:
+    """Which cached places a token at `position` [..., 1] sees: none after itself, none before its window."""
+    seen = place_L <= position
+    return seen if window is None else seen & (place_L > position - window)
+
+
+def scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, kind: Kind, seen: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """Attention with grouped key-value heads: query [1, H, N, D], key and value [1, K, L, D].
+
+    Without `seen` [N, L], tokens see everything, or, if `causal`, what is not after them (N = L then).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (kind.softcap is not None or (query.is_cuda and type(seen) is Tensor)):
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        groups = 1  # The kernels for masks on a GPU know no groups.
+    if kind.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, seen, scale=kind.scale, is_causal=causal and seen is None, enable_gqa=groups > 1
+        )
+    scores = torch.tanh(query @ key.transpose(-1, -2) * kind.scale / kind.softcap) * kind.softcap
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.float().softmax(dim=-1).to(value.dtype) @ value
