@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from lorafold.engine.kv_cache import Chunk, Step, Whereabouts
+from lorafold.engine.paged_attention import decode as paged_decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,8 @@ def decode_gathered(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, s
 
 def decode_triton(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
     """All sequences at once, reading the cache where it lies, in one kernel."""
-    from lorafold.engine import paged_attention
-
     assert step.decoding_tables is not None
-    return paged_attention.decode(
+    return paged_decode(
         query_BHD,
         keys_PSKD,
         values_PSKD,
