@@ -43,17 +43,18 @@ def decode(
     `softcap` the scores are squeezed by tanh first (Gemma 2). `splits`, a power of two, is how many programs share a
     sequence; the default depends on the shapes alone.
     """
-    _check_cache(keys_PSKD, values_PSKD)
+    check_cache(keys_PSKD, values_PSKD, query_BHD)
     from lorafold.engine import paged_kernels
 
     batch, heads, width = query_BHD.shape
     page, kv_heads = keys_PSKD.shape[1:3]
     query_BHD = query_BHD if query_BHD.stride(-1) == 1 else query_BHD.contiguous()
     out = torch.empty_like(query_BHD, memory_format=torch.contiguous_format) if out is None else out
-    dim, block = _tile(width, query_BHD)
-    tiles = _ceil_div(heads // kv_heads, GROUP_TILE)
+    assert out.stride(-1) == 1, "a head's numbers must be adjacent"
+    dim, block = tile(width, query_BHD)
+    tiles = ceil_div(heads // kv_heads, GROUP_TILE)
     places = pages_BN.shape[1] * page
-    splits = splits or choose_splits(batch * kv_heads * tiles, _ceil_div(places, block), _processors(query_BHD.device))
+    splits = splits or choose_splits(batch * kv_heads * tiles, ceil_div(places, block), _processors(query_BHD.device))
     partial = query_BHD.new_empty(batch, heads, splits, width, dtype=torch.float32)
     logsum = query_BHD.new_empty(batch, heads, splits, dtype=torch.float32)
     paged_kernels.decode_splits[(batch, kv_heads * tiles, splits)](
@@ -67,7 +68,7 @@ def decode(
         *query_BHD.stride()[:2],
         *keys_PSKD.stride()[:3],
         pages_BN.stride(0),
-        min(window or NO_WINDOW, NO_WINDOW),
+        window_width(window),
         scale,
         softcap or 1.0,
         KV_HEADS=kv_heads,
@@ -79,7 +80,7 @@ def decode(
         DIM=dim,
         BLOCK=block,
         CAPPED=softcap is not None,
-        EXACT=_exact(query_BHD),
+        EXACT=is_exact(query_BHD),
         num_warps=4,
         num_stages=3,
     )
@@ -94,7 +95,7 @@ def store(key_TKD: Tensor, value_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Te
 
     `place_T` is int64 on the device; no place may be named twice.
     """
-    _check_cache(keys_PSKD, values_PSKD)
+    check_cache(keys_PSKD, values_PSKD, key_TKD)
     from lorafold.engine import paged_kernels
 
     tokens, kv_heads, width = key_TKD.shape
@@ -119,22 +120,29 @@ def store(key_TKD: Tensor, value_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Te
 
 def choose_splits(programs: int, blocks: int, processors: int) -> int:
     """How many programs share a sequence: enough to fill the device, no more than there are blocks; a power of two."""
-    wanted = _ceil_div(PROGRAMS_EACH * processors, max(programs, 1))
+    wanted = ceil_div(PROGRAMS_EACH * processors, max(programs, 1))
     return _power_of_two(max(1, min(wanted, blocks, MAX_SPLITS)))
 
 
-def _check_cache(keys_PSKD: Tensor, values_PSKD: Tensor) -> None:
+def check_cache(keys_PSKD: Tensor, values_PSKD: Tensor, new: Tensor) -> None:
+    """Raises AssertionError for a cache that the kernels would misread, or read differently from `new`."""
     assert keys_PSKD.shape == values_PSKD.shape, "keys and values of different shapes"
     assert keys_PSKD.stride() == values_PSKD.stride(), "keys and values laid out differently"
     assert keys_PSKD.stride(-1) == 1, "a head's numbers must be adjacent"
+    assert (new.shape[-1], new.dtype) == (keys_PSKD.shape[-1], keys_PSKD.dtype), "not what the cache holds"
 
 
-def _exact(query: Tensor) -> bool:
+def window_width(window: int | None) -> int:
+    """The window as the kernels take it."""
+    return NO_WINDOW if window is None else window
+
+
+def is_exact(query: Tensor) -> bool:
     """Whether products are taken in fp32: Triton's interpreter, which alone runs on a CPU, has no bf16 product."""
     return not query.is_cuda or query.dtype == torch.float32
 
 
-def _tile(width: int, query: Tensor) -> tuple[int, int]:
+def tile(width: int, query: Tensor) -> tuple[int, int]:
     """The head width as a power of two, and how many places make a tile of 16 KiB: several fit an older GPU too."""
     dim = max(16, _power_of_two(width))
     return dim, min(64, max(16, 2**14 // (dim * query.element_size())))
@@ -145,7 +153,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _ceil_div(number: int, divisor: int) -> int:
+def ceil_div(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
     return -(-number // divisor)
 
 

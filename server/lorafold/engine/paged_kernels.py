@@ -1,4 +1,4 @@
-"""Triton kernels over a paged cache of keys and values: decode, the merge of its splits, store, prefill.
+"""Triton kernels over a paged cache of keys and values: decode, the merge of its splits, and store.
 
 Knows pointers and strides only: shapes are checked and grids chosen by `paged_attention`. Importing needs Triton.
 Products are taken in the cache's dtype and summed in fp32; with EXACT the tiles are cast to fp32 first.
@@ -52,7 +52,8 @@ def absorb(score_ML, value_LD, peak_M, total_M, sum_MD):
     return new_peak_M, total_M, sum_MD
 
 
-@triton.jit
+# Numbers that differ from batch to batch or from layer to layer: not worth a kernel of their own.
+@triton.jit(do_not_specialize=["pages_row", "window"])
 def decode_splits(
     query,
     keys,
