@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafold.engine.attention_means import Means
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
@@ -76,6 +77,7 @@ class Bench:
         pages: int | None = None,
         prefill: int = 64,
         turn: float = 0.01,
+        means: Means | None = None,
         load_base: Callable[[], nn.Module] = tiny_llama,
     ) -> None:
         use_our_attention(model)
@@ -83,7 +85,7 @@ class Bench:
         self.manager = AdapterManager(model)
         self.recorder = Recorder()
         pool = PagePool(pages=pages or 1 + slots * -(-length // PAGE), size=PAGE)
-        self.runner = Runner(model, self.manager, PagedCache(pages=pool.pages, size=PAGE))
+        self.runner = Runner(model, self.manager, PagedCache(pages=pool.pages, size=PAGE), means)
         self.scheduler = Scheduler(pool=pool, max_batch=slots, max_waiting=1000, prefill_tokens=prefill)
         self.engine = Engine(
             runner=self.runner,

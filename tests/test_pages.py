@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafold.engine.kv_cache import are_neighbours
 from lorafold.engine.pages import Holding, PagePool
+from lorafold.engine.step import are_neighbours
 from lorafold.errors import KvFull
 
 SIZE = 4

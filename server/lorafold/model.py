@@ -21,10 +21,11 @@ from transformers import (
 
 from lorafold.config import BaseConfig
 from lorafold.engine import attention
-from lorafold.engine.attention_means import GATHERED, IN_PLACE
+from lorafold.engine.attention_means import IN_PLACE, PLAIN
 from lorafold.engine.emit import Vocabulary
-from lorafold.engine.kv_cache import PagedCache, Part, plan_step
+from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.linear import choose_linear
+from lorafold.engine.step import Part, plan_step
 from lorafold.errors import ModelUnsupported
 from lorafold_adapters.quantised import keep_as_loaded, quantised_modules
 
@@ -243,7 +244,7 @@ def use_our_attention(model: PreTrainedModel) -> Found:
 def probe(model: PreTrainedModel, ids_T: Tensor, cache: PagedCache) -> Tensor:
     """Logits of a prompt read in two chunks and then two single tokens, through our attention."""
     pages = range(cache.pages - 1, 0, -1)
-    means = IN_PLACE if ids_T.device.type == "cpu" else GATHERED
+    means = IN_PLACE if ids_T.device.type == "cpu" else PLAIN
     logits = []
     for past, stop in (
         (0, 9),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lorafold.engine.attention_means import Kind, Means
-from lorafold.engine.kv_cache import Step
+from lorafold.engine.step import Step
 
 NAME = "lorafold"
 SPY = "lorafold-probe"

@@ -5,7 +5,7 @@ Shapes in the names: T packed tokens, B decoding sequences, N tokens of one chun
 H query heads, K key-value heads, G = H / K, D head width; P pages of S places.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from lorafold.engine.kv_cache import Chunk, Step, Whereabouts
 from lorafold.engine.paged_attention import decode as paged_decode
+from lorafold.engine.paged_prefill import prefill as paged_prefill
+from lorafold.engine.step import Chunk, Step, Whereabouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Step, Kind], Tensor]
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Means:
-    """One way to compute attention."""
+    """How attention is computed."""
 
-    name: str
     decode: Attend
     """Of the sequences of the step that decode: takes the queries of these alone."""
     prefill: Attend
@@ -59,8 +59,8 @@ def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, s
 
 def decode_gathered(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
     """All sequences at once, on copies of equal length: for GPUs that have nothing better."""
-    assert step.decoding_tables is not None
-    pages_BN, length_B = step.decoding_tables.pages_BN, step.decoding_tables.length_B
+    assert step.tables is not None
+    pages_BN, length_B = step.tables.pages_BN[: step.decoding], step.tables.length_B[: step.decoding]
     place_L = torch.arange(pages_BN.shape[1] * step.cache.size, device=query_BHD.device)
     seen_BL = visible(place_L, length_B.unsqueeze(1) - 1, kind.window)
     key, value = (
@@ -73,13 +73,14 @@ def decode_gathered(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, s
 
 def decode_triton(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
     """All sequences at once, reading the cache where it lies, in one kernel."""
-    assert step.decoding_tables is not None
+    assert step.tables is not None
+    rows = step.tables.rows(0, step.decoding)
     return paged_decode(
         query_BHD,
         keys_PSKD,
         values_PSKD,
-        step.decoding_tables.pages_BN,
-        step.decoding_tables.length_B,
+        rows.pages_BN,
+        rows.length_B,
         scale=kind.scale,
         window=kind.window,
         softcap=kind.softcap,
@@ -105,10 +106,34 @@ def prefill_chunk(query_THD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, chu
     return scaled_dot_product(query_HND[None], key, value, kind, seen_NL, causal=True)[0].transpose(0, 1)
 
 
-IN_PLACE = Means("in place", decode_in_place, prefill_by_chunk, tables=False)
+def prefill_triton(query_THD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
+    """All chunks at once, reading the cache where it lies, in one kernel."""
+    assert step.tables is not None
+    rows = step.tables.rows(step.decoding)
+    output_THD = paged_prefill(
+        query_THD,
+        keys_PSKD,
+        values_PSKD,
+        rows.pages_BN,
+        rows.start_B,
+        rows.count_B,
+        rows.length_B,
+        longest=max(chunk.stop - chunk.start for chunk in step.chunks),
+        scale=kind.scale,
+        window=kind.window,
+        softcap=kind.softcap,
+        out=torch.empty_like(query_THD, memory_format=torch.contiguous_format),
+    )
+    return output_THD[step.decoding :]
+
+
+IN_PLACE = Means(decode=decode_in_place, prefill=prefill_by_chunk, tables=False)
 """For CPUs."""
-GATHERED = Means("sdpa", decode_gathered, prefill_by_chunk, tables=True)
-TRITON = Means("triton", decode_triton, prefill_by_chunk, tables=True)
+PLAIN = Means(decode=decode_gathered, prefill=prefill_by_chunk, tables=True)
+"""For every device, with nothing but torch."""
+DECODE: Mapping[str, Attend] = {"torch": decode_gathered, "triton": decode_triton}
+PREFILL: Mapping[str, Attend] = {"torch": prefill_by_chunk, "triton": prefill_triton}
+"""What a GPU may use, by name; `attention_choice` measures which."""
 
 
 def places(cached_PSKD: Tensor, where: Whereabouts, window: int | None = None) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorafold.engine.attention_means import GATHERED, IN_PLACE
-from lorafold.engine.kv_cache import PagedCache, Part, plan_step
+from lorafold.engine.attention_means import IN_PLACE, PLAIN, Means
+from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.pages import SCRATCH
+from lorafold.engine.step import Part, plan_step
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.errors import DeviceFull
 
@@ -43,11 +44,14 @@ class Piece:
 class Runner:
     """One model, its cache, and the adapters on it."""
 
-    def __init__(self, model: PreTrainedModel, manager: AdapterManager, cache: PagedCache) -> None:
+    def __init__(
+        self, model: PreTrainedModel, manager: AdapterManager, cache: PagedCache, means: Means | None = None
+    ) -> None:
+        """`means`: of attention; what suits the device unless given."""
         self._model = model
         self._manager = manager
         self._cache = cache
-        self._means = IN_PLACE if model.device.type == "cpu" else GATHERED
+        self._means = means or (IN_PLACE if model.device.type == "cpu" else PLAIN)
 
     def warm_up(self) -> None:
         """Runs one token, so that the cache takes its memory now. Raises DeviceFull if there is not enough."""
