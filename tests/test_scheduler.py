@@ -1,7 +1,5 @@
 """Slots, order and budget. No tensors, no model."""
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +21,7 @@ def row(name: str, prompt: int = 3, adapter: str | None = None) -> Row:
         max_tokens=5,
     )
     text = TextStream(lambda ids: "", request.prompt)
-    return Row(request=request, sink=lambda event: None, text=text, rng=random.Random(0), tokens=list(request.prompt))
+    return Row(request=request, sink=lambda event: None, text=text, tokens=list(request.prompt))
 
 
 def ids(rows: object) -> list[str]:

@@ -4,12 +4,12 @@ Pure Python: no tensors, no model. Slots are given in order of arrival, whicheve
 a lane that waits for its turn are never overtaken by later ones.
 """
 
-import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lorafold.engine.detokenize import TextStream
+from lorafold.engine.sampling_state import SamplingState
 from lorafold.errors import QueueFull
 from lorafold.requests import Request, Sink
 from lorafold_adapters.policy import Lane
@@ -17,12 +17,13 @@ from lorafold_adapters.policy import Lane
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One request on its way through the engine."""
+    """One completion of a request on its way through the engine."""
 
     request: Request
     sink: Sink
     text: TextStream
-    rng: random.Random
+    index: int = 0
+    """Of the completion among those of its request."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer so far."""
     slot: int = -1
@@ -37,6 +38,13 @@ class Row:
     """How long it had a slot while another lane ran."""
     swap_wait_before_first: float = 0.0
     """The part of `swap_wait` before its first token."""
+
+    sampling: SamplingState = field(init=False)
+    """What the choice of its next token depends on beside the logits."""
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.sampling = SamplingState(request.sampling, self.tokens, len(request.prompt), self.index, request.logprobs)
 
     @property
     def generated(self) -> int:
@@ -57,6 +65,11 @@ class Part:
     """True if the step reaches the row's last token, so that the next one can be chosen."""
 
 
+def arrival(row: Row) -> tuple[float, int]:
+    """What the queue is ordered by."""
+    return row.request.arrived, row.index
+
+
 class Scheduler:
     """At most `slots` rows run, at most `max_waiting` wait."""
 
@@ -66,7 +79,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
         self._waiting: deque[Row] = deque()
-        self._running: dict[str, Row] = {}
+        self._running: dict[Row, None] = {}
 
     @property
     def waiting(self) -> int:
@@ -76,22 +89,22 @@ class Scheduler:
     @property
     def running(self) -> tuple[Row, ...]:
         """Rows with a slot, whether or not it is their lane's turn."""
-        return tuple(self._running.values())
+        return tuple(self._running)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows."""
-        return (*self._running.values(), *self._waiting)
+        return (*self._running, *self._waiting)
 
     def lanes(self) -> dict[Lane, int]:
         """Rows with a slot, by lane."""
-        return dict(Counter(row.lane for row in self._running.values()))
+        return dict(Counter(row.lane for row in self._running))
 
-    def add(self, row: Row) -> None:
-        """Puts a row at the end of the queue. Raises QueueFull."""
-        if len(self._waiting) >= self._max_waiting:
+    def add(self, *rows: Row) -> None:
+        """Puts rows at the end of the queue, all or none. Raises QueueFull."""
+        if len(self._waiting) + len(rows) > self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
-        self._waiting.append(row)
+        self._waiting.extend(rows)
 
     def admit(self, lane_of: Callable[[Row], Lane], now: float, *, held: str | None = None) -> None:
         """Gives free slots to the rows that waited longest; a row's lane is chosen then.
@@ -105,26 +118,27 @@ class Scheduler:
             if held is None or lane == held:
                 self._waiting.remove(row)
                 row.slot, row.admitted, row.lane = self._free.pop(), now, lane
-                self._running[row.request.id] = row
+                self._running[row] = None
 
     def requeue(self, rows: Iterable[Row]) -> None:
         """Puts rows that have not run yet back at the head of the queue, in order of arrival, and frees their slots."""
-        back = sorted((row for row in rows if not row.cached), key=lambda row: row.request.arrived, reverse=True)
+        back = sorted((row for row in rows if not row.cached), key=arrival, reverse=True)
         for row in back:
-            del self._running[row.request.id]
+            del self._running[row]
             self._free.append(row.slot)
             self._waiting.appendleft(row)
 
     def remove(self, row: Row) -> None:
         """Forgets a row, wherever it is, and frees its slot."""
-        if self._running.pop(row.request.id, None) is None:
-            self._waiting.remove(row)
-        else:
+        if row in self._running:
+            del self._running[row]
             self._free.append(row.slot)
+        else:
+            self._waiting.remove(row)
 
     def schedule(self, lane: Lane) -> list[Part]:
         """One step of the lane's rows: a token for each that decodes, then prompts, up to the budget of tokens."""
-        rows = [row for row in self._running.values() if row.lane == lane]
+        rows = [row for row in self._running if row.lane == lane]
         parts = [Part(row, 1, decodes=True, samples=True) for row in rows if row.generated]
         budget = self._prefill_tokens
         for row in rows:
@@ -136,4 +150,4 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Every slot is either free or one row's."""
-        assert sorted([*self._free, *(row.slot for row in self._running.values())]) == list(range(self._slots))
+        assert sorted([*self._free, *(row.slot for row in self._running)]) == list(range(self._slots))
