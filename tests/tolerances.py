@@ -21,3 +21,10 @@ QUANTISED = {
     "nf4-double": LOGITS,
     "int8": {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1},
 }
+
+# Share of the probability that may lie in tokens that one nucleus has and another lacks: cumulative sums in fp32 over
+# thousands of tokens are off by some 2**-24 each.
+NUCLEUS = 1e-5
+
+# Standard deviations by which a chi-square statistic may exceed its expectation; seeds are fixed, so it never varies.
+CHI_SQUARE = 4.0
