@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from lorafold.engine.scheduler import Part
-from lorafold.requests import Finished
+from lorafold.requests import Delta, Finished, Sampling
 from lorafold_adapters.policy import PolicyKind
 from tests.engines import PAGE, Bench
 from tests.models import KINDS, prompts, tiny_llama
@@ -89,6 +89,24 @@ def test_no_prefix_is_shared_between_adapters_nor_lost_by_a_fold(
                 assert answer.tokens == expected[index]
     assert read == [64, 64, 64, 16, 16, 16]
     assert len({tuple(tokens) for tokens in expected}) == 3  # Negative control: a mix-up would show.
+
+
+def test_completions_of_one_prompt_share_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompts(1, 70)[0].tolist()
+    seeded = Sampling(temperature=1.0, seed=3)
+    with Bench(tiny_llama(), prefill=1000) as bench:
+        read = parts_read(bench, monkeypatch)
+        several = bench.submit("several", prompt, 12, sampling=seeded, n=4)
+        assert isinstance(several.last, Finished)
+        while sum(isinstance(event, Finished) for event in several.events) < 4:
+            bench.engine.call(lambda: None).result(60)
+        alone = bench.submit("alone", prompt, 12, sampling=seeded)
+        assert isinstance(alone.last, Finished)
+    assert read == [70, 6, 6, 6, 6]
+    deltas = [event for event in several.events if isinstance(event, Delta)]
+    tokens = [[event.token_id for event in deltas if event.index == index] for index in range(4)]
+    assert tokens[0] == alone.tokens
+    assert len({tuple(each) for each in tokens}) == 4
 
 
 def test_a_reloaded_base_knows_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Order, room and budget. No tensors, no model."""
 
-import random
 from collections.abc import Sequence
 
 import pytest
@@ -45,7 +44,6 @@ def row(
         request=request,
         sink=lambda event: None,
         text=text,
-        rng=random.Random(0),
         tokens=list(ids),
         leader=leader,
     )

@@ -3,7 +3,6 @@
 Everybody else puts requests and commands into the inbox, which is read between steps.
 """
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
 from lorafold.engine.observer import Observer, mode_of, observe
 from lorafold.engine.runner import Piece, Runner
-from lorafold.engine.sampling import Choice, choose, logprobs_of
+from lorafold.engine.sampling import sample
 from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import BaseReloading, DeadlineExceeded, EngineStopped, StepFailed
@@ -124,17 +123,12 @@ class Engine:
         try:
             if request.adapter is not None:
                 self.weights.require(request.adapter)
-            self._scheduler.add(
-                Row(
-                    request=request,
-                    sink=sink,
-                    text=self._vocabulary.text_stream(request),
-                    rng=random.Random(request.sampling.seed),
-                    tokens=list(request.prompt),
-                )
-            )
+            self._scheduler.add(*self._vocabulary.rows(request, sink))
         except LorafoldError as error:
             sink(Failed(error))
+        except Exception as error:
+            log.error("request not accepted", request=request.id, exc_info=True)
+            sink(Failed(StepFailed(f"the request could not be started ({error})")))
 
     def _cancel(self, request_id: str) -> None:
         for row in self._scheduler.rows:
@@ -260,14 +254,12 @@ class Engine:
         """Chooses the next token of each row; what goes wrong with one row ends that row alone."""
         if not rows:
             return
-        choices = [Choice(row.request.sampling, row.rng, row.request.logprobs) for row in rows]
-        tokens = choose(logits_SV, choices)
-        logprobs = logprobs_of(logits_SV, tokens, choices)
+        picks = sample(logits_SV, [row.sampling for row in rows]).read()
         generation = self.weights.state.generation
-        for row, token, reported in zip(rows, tokens, logprobs, strict=True):
+        for row, pick in zip(rows, picks, strict=True):
             provenance = Provenance(mode=mode_of(row, lane), generation=generation)
             try:
-                done = emit.token(row, token, reported, provenance, self._vocabulary, self.now())
+                done = emit.token(row, pick, provenance, self._vocabulary, self.now())
             except Exception as error:
                 log.error("request failed", request=row.request.id, exc_info=True)
                 self._fail(row, StepFailed(f"the answer could not be continued ({error}): send the request again"))

@@ -5,7 +5,6 @@ a lane that waits for its turn are never overtaken by later ones of their deploy
 the cache. If running rows outgrow it, the one that started last gives up its room and computes its tokens again later.
 """
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from lorafold.engine.detokenize import TextStream
 from lorafold.engine.fair_queue import FairQueue
 from lorafold.engine.pages import Holding, PagePool
+from lorafold.engine.sampling_state import SamplingState
 from lorafold.errors import KvFull, QueueFull
 from lorafold.requests import Request, Sink
 from lorafold_adapters.policy import Lane
@@ -20,12 +20,13 @@ from lorafold_adapters.policy import Lane
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One sequence on its way through the engine."""
+    """One completion of a request on its way through the engine."""
 
     request: Request
     sink: Sink
     text: TextStream
-    rng: random.Random
+    index: int = 0
+    """Of the completion among those of its request."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer so far."""
     leader: "Row | None" = None
@@ -50,6 +51,12 @@ class Row:
 
     ended: bool = False
     """True once it was removed."""
+    sampling: SamplingState = field(init=False)
+    """What the choice of its next token depends on beside the logits."""
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.sampling = SamplingState(request.sampling, self.tokens, len(request.prompt), self.index, request.logprobs)
 
     @property
     def generated(self) -> int:
@@ -86,6 +93,11 @@ class Part:
     """True if the step reaches the row's last token, so that the next one can be chosen."""
 
 
+def arrival(row: Row) -> tuple[float, int]:
+    """What a queue is ordered by."""
+    return row.request.arrived, row.index
+
+
 class Scheduler:
     """At most `max_batch` rows run, at most `max_waiting` wait."""
 
@@ -119,16 +131,18 @@ class Scheduler:
         """Running rows by lane."""
         return dict(Counter(row.lane for row in self._running))
 
-    def add(self, row: Row) -> None:
-        """Puts a row at the end of its queue. Raises QueueFull, or KvFull for what can never run."""
-        if len(self._waiting) >= self._max_waiting:
+    def add(self, *rows: Row) -> None:
+        """Puts rows at the end of their queues, all or none. Raises QueueFull, or KvFull for what can never run."""
+        if len(self._waiting) + len(rows) > self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
-        if row.at_most > self.pool.tokens:
+        longest = max(row.at_most for row in rows)
+        if longest > self.pool.tokens:
             raise KvFull(
-                f"prompt and answer may have {row.at_most} tokens, the cache has room for {self.pool.tokens}: ask for "
+                f"prompt and answer may have {longest} tokens, the cache has room for {self.pool.tokens}: ask for "
                 "fewer, or raise engine.kv_memory_gib"
             )
-        self._waiting.push(row)
+        for row in rows:
+            self._waiting.push(row)
 
     def admit(self, lane_of: Callable[[Row], Lane], now: float, *, held: str | None = None) -> None:
         """Starts the rows that should be next, as far as there is room; a row's lane is chosen then.
@@ -163,7 +177,7 @@ class Scheduler:
 
     def requeue(self, rows: Iterable[Row]) -> None:
         """Puts rows that have not run yet back at the head of their queues, and frees their room."""
-        back = sorted((row for row in rows if not row.read), key=lambda row: row.request.arrived, reverse=True)
+        back = sorted((row for row in rows if not row.read), key=arrival, reverse=True)
         for row in back:
             self._back(row)
 
