@@ -65,7 +65,7 @@ def bed_of(
     folders = [write_low_rank(base, scratch / f"adapter-{seed}", seed, rank) for seed in range(ADAPTERS)]
     tokenizer = tokenizer_of(base.config.vocab_size)
     engine, manager = engine_of(
-        copy.deepcopy(base), tokenizer.decode, slots=size.slots, context=size.context, prefill_tokens=size.prefill
+        copy.deepcopy(base), tokenizer, slots=size.slots, context=size.context, prefill_tokens=size.prefill
     )
     bound = [manager.bind(folder) for folder in folders]
     with ExitStack() as stack:

@@ -7,11 +7,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.work import Run, Work
 from lorafold.engine.emit import Vocabulary
@@ -30,11 +30,10 @@ from lorafold_adapters.policy import PolicyKind, TurnTaking
 TURN_SECONDS = 0.25
 LONGEST = 600.0
 """Seconds after which an answer is given up."""
-Decode = Callable[[Sequence[int]], str]
 
 
 def engine_of(
-    model: PreTrainedModel, decode: Decode, *, slots: int, context: int, prefill_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, slots: int, context: int, prefill_tokens: int
 ) -> tuple[Engine, AdapterManager]:
     """An engine on `model`, not started: `slots` sequences of `context` tokens."""
     use_our_attention(model)
@@ -46,7 +45,7 @@ def engine_of(
         runner=runner,
         weights=WeightsControl(manager, TurnTaking(TURN_SECONDS), metrics.weights_changed, no_second_base),
         scheduler=Scheduler(slots=slots, max_waiting=slots, prefill_tokens=prefill_tokens),
-        vocabulary=Vocabulary(decode=decode, end_of_sequence=frozenset()),
+        vocabulary=Vocabulary(decode=lambda ids: str(tokenizer.decode(list(ids))), end_of_sequence=frozenset()),
         observer=metrics,
         on_death=lambda _: None,
     )
@@ -80,12 +79,14 @@ class Driven:
 
     def put_on(self, adapters: Sequence[BoundAdapter]) -> None:
         """Puts adapters on the model, as creating deployments does."""
-        self._engine.call(lambda: [self._engine.weights.acquire(bound) for bound in adapters]).result(LONGEST)
+        for bound in adapters:
+            self.call(partial(self._engine.weights.acquire, bound))
 
     def take_off(self, adapters: Sequence[BoundAdapter]) -> None:
         """Gives the base back and drops the adapters. Raises RuntimeError unless every module is what it was."""
-        self._engine.call(lambda: [self._engine.weights.release(bound.digest) for bound in adapters]).result(LONGEST)
-        self._engine.call(lambda: self._engine.weights.sweep(set())).result(LONGEST)
+        for bound in adapters:
+            self.call(partial(self._engine.weights.release, bound.digest))
+        self.call(lambda: self._engine.weights.sweep(set()))
         if self._manager.adapters or self._classes() != self._bare:
             raise RuntimeError("the model is not what it was before adapters were on it")
 

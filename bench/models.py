@@ -13,7 +13,6 @@ from transformers.utils import logging
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.undo_kinds import UndoKind
 
-
 # Shapes whose speed is measured: what LlamaConfig is called with.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {

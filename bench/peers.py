@@ -45,7 +45,7 @@ class Clock(LogitsProcessor):
 
 
 def generate(model: Any, work: Work, cache: Literal["dynamic", "static"] = "dynamic", **options: Any) -> Run:
-    """One call of `model.generate`; a static cache is compiled by transformers where it thinks that this helps (GPU)."""
+    """One call of `model.generate`; with a static cache transformers compiles the decode step on a GPU."""
     ids = torch.tensor(work.prompts, device=model.device)
     clock = Clock(model.device, work.answer)
     start = time.perf_counter()

@@ -91,7 +91,8 @@ def clients(address: str) -> Iterator["subprocess.Popen[str]"]:
 
 def ask(process: "subprocess.Popen[str]", work: Work) -> dict[str, Any]:
     """What the clients got. Raises RuntimeError if they ended."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write(json.dumps({"prompts": work.prompts, "answer": work.answer}) + "\n")
     process.stdin.flush()
     line = process.stdout.readline()
@@ -118,5 +119,5 @@ def compare(model: LlamaForCausalLM, folder: Path, work: Work, rounds: int) -> t
         def in_process(_: int) -> float:
             return answer(app.parts.engine, work, [], PolicyKind.UNMERGED).seconds
 
-        seconds = measure({"grpc": through_grpc, "engine": in_process, "grpc again": through_grpc}, rounds)
+        seconds = measure({"grpc": through_grpc, "engine": in_process}, rounds)
     return seconds, equal
