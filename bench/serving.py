@@ -106,18 +106,18 @@ def compare(model: LlamaForCausalLM, folder: Path, work: Work, rounds: int) -> t
     """Seconds of the same work through gRPC and on the same engine, alternating; whether all tokens were the same."""
     saved(model, folder)
     tokenizer_of(model.config.vocab_size).save_pretrained(str(folder))
-    equal = True
+    answers = set()
     with running(server_config(folder, model.device, work)) as app, clients(app.address) as process:
-        direct = answer(app.parts.engine, work, [], PolicyKind.UNMERGED).tokens
 
         def through_grpc(_: int) -> float:
-            nonlocal equal
             said = ask(process, work)
-            equal = equal and tuple(map(tuple, said["tokens"])) == direct
+            answers.add(tuple(tuple(row) for row in said["tokens"]))
             return float(said["seconds"])
 
         def in_process(_: int) -> float:
-            return answer(app.parts.engine, work, [], PolicyKind.UNMERGED).seconds
+            run = answer(app.parts.engine, work, [], PolicyKind.UNMERGED)
+            answers.add(run.tokens)
+            return run.seconds
 
         seconds = measure({"grpc": through_grpc, "engine": in_process}, rounds)
-    return seconds, equal
+    return seconds, len(answers) == 1

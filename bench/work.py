@@ -3,6 +3,7 @@
 Knows neither engines nor models. Times are in seconds on `time.perf_counter`.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,15 +47,20 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds per decoded token of every row, taken while all rows decode, so that no prompt is read meanwhile.
+        """Seconds from one token of a row to its next while all rows decode, so that no prompt is read meanwhile.
 
-        Raises ValueError if there was no such time.
+        The mean over the rows, each by its own tokens: those of one step are not told at the same instant. Raises
+        ValueError if the rows did not decode together for two tokens.
         """
         begin, end = max(row[0] for row in self.times), min(row[-1] for row in self.times)
-        decoded = sum(begin < time <= end for row in self.times for time in row)
-        if not decoded:
-            raise ValueError("the rows never decoded together: ask for longer answers")
-        return (end - begin) / decoded * len(self.times)
+        return statistics.fmean(pace([time for time in row if begin <= time <= end]) for row in self.times)
+
+
+def pace(times: Sequence[float]) -> float:
+    """Mean seconds between neighbours. Raises ValueError for less than two."""
+    if len(times) < 2:
+        raise ValueError("the rows did not decode together: ask for longer answers")
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def drawn(rows: int, prompt: int, answer: int, vocabulary: int, seed: int = 0) -> Work:
