@@ -1,10 +1,11 @@
-"""The arithmetic of `bench.throughput`, untimed: what counts as a decode step, what memory must give, what is missed."""
+"""The arithmetic of `bench.throughput`, untimed: what a decode step is, what memory must give, what is missed."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from bench.low_rank import write_low_rank
 from bench.models import shaped, shell
@@ -12,11 +13,15 @@ from bench.roofline import bytes_per_step
 from bench.targets import missed
 from bench.work import Run, drawn, share_equal
 from lorafold_adapters import AdapterManager
-from tests.tolerances import LOGITS
+from tests.tolerances import EFFECT, LOGITS
 
 
 def run(*times: tuple[float, ...]) -> Run:
     return Run(tokens=tuple((7,) * len(row) for row in times), times=times, start=0.0)
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def test_reading_a_prompt_is_no_part_of_a_decode_step() -> None:
@@ -54,7 +59,7 @@ def test_a_row_with_one_other_token_is_not_equal() -> None:
 
 def test_a_step_reads_every_weight_but_the_embedding_table() -> None:
     model = shaped("tiny", torch.device("meta"), torch.bfloat16)
-    table = model.get_input_embeddings().weight
+    table = model.model.embed_tokens.weight
     assert bytes_per_step(model, 3) == 2 * (model.num_parameters() - table.numel() + 3 * 256)
 
 
@@ -74,8 +79,8 @@ def test_adapters_to_measure_with_mean_the_same_to_peft(tmp_path: Path) -> None:
     manager = AdapterManager(model)
     manager.load("adapter", folder)
     manager.merge_adapter("adapter")
-    assert torch.allclose(model(ids).logits, expected, **LOGITS)
-    assert not torch.allclose(base, expected, **LOGITS)
+    assert largest_difference(model(ids).logits, expected) <= LOGITS[torch.float32]
+    assert largest_difference(base, expected) >= EFFECT
 
 
 def test_only_what_is_below_its_target_is_missed() -> None:
