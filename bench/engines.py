@@ -14,9 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.work import Run, Work
+from lorafold.engine.budget import PAGE_TOKENS
 from lorafold.engine.emit import Vocabulary
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.kv_cache import PagedCache
+from lorafold.engine.linear import choose_linear
 from lorafold.engine.loop import Engine
+from lorafold.engine.pages import PagePool
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
@@ -37,14 +40,16 @@ def engine_of(
 ) -> tuple[Engine, AdapterManager]:
     """An engine on `model`, not started: `slots` sequences of `context` tokens."""
     use_our_attention(model)
+    choose_linear(model)
     manager = AdapterManager(model, max_delta_error=float("inf"))
     metrics = Metrics(CollectorRegistry())
-    runner = Runner(model, manager, SlotCache(slots=slots, length=context))
+    pool = PagePool(pages=1 + slots * -(-context // PAGE_TOKENS), size=PAGE_TOKENS)
+    runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
     runner.warm_up()
     engine = Engine(
         runner=runner,
         weights=WeightsControl(manager, TurnTaking(TURN_SECONDS), metrics.weights_changed, no_second_base),
-        scheduler=Scheduler(slots=slots, max_waiting=slots, prefill_tokens=prefill_tokens),
+        scheduler=Scheduler(pool=pool, max_batch=slots, max_waiting=slots, prefill_tokens=prefill_tokens),
         vocabulary=Vocabulary(decode=lambda ids: str(tokenizer.decode(list(ids))), end_of_sequence=frozenset()),
         observer=metrics,
         on_death=lambda _: None,

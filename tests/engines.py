@@ -28,12 +28,14 @@ PAGE = 16
 class Collected:
     """The events of one request."""
 
+    completions: int = 1
     events: list[Event] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
-        if isinstance(event, Finished | Failed):
+        self.completions -= isinstance(event, Finished)
+        if self.completions == 0 or isinstance(event, Failed):
             self.done.set()
 
     @property
@@ -123,6 +125,6 @@ class Bench:
                 **fields,
             }
         )
-        collected = Collected()
+        collected = Collected(request.n)
         self.engine.submit(request, collected)
         return collected

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafold.engine.pages import Holding, PagePool
-from lorafold.engine.step import are_neighbours
+from lorafold.engine.step import runs_of
 from lorafold.errors import KvFull
 
 SIZE = 4
@@ -62,7 +62,7 @@ def test_sequences_lie_in_one_piece_while_there_is_room() -> None:
     for tokens in range(1, 41):
         for holding in holdings:
             pool.grow(holding, tokens, at_most=40)
-    assert all(are_neighbours(holding.pages) for holding in holdings)
+    assert all(len(list(runs_of(holding.pages, 40, SIZE))) == 1 for holding in holdings)
 
 
 def test_promised_room_is_taken_when_nothing_else_is_left() -> None:

@@ -5,7 +5,7 @@ Shapes in the names: T packed tokens, B decoding sequences, N tokens of one chun
 H query heads, K key-value heads, G = H / K, D head width; P pages of S places.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from lorafold.engine.paged_attention import decode as paged_decode
 from lorafold.engine.paged_prefill import prefill as paged_prefill
-from lorafold.engine.step import Chunk, Step, Whereabouts
+from lorafold.engine.step import Chunk, Run, Step, Whereabouts
+
+MAX_RUNS = 4
+"""Pieces up to which reading each where it lies is cheaper than copying them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,33 @@ def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, s
     query_BKGD = query_BHD.reshape(len(query_BHD), heads, query_BHD.shape[1] // heads, -1)
     outputs = []
     for row, where in enumerate(step.decoding_at):
-        key, value = places(keys_PSKD, where, kind.window), places(values_PSKD, where, kind.window)
-        outputs.append(scaled_dot_product(query_BKGD[row : row + 1], key, value, kind))
+        query_1KGD = query_BKGD[row : row + 1]
+        runs = last(where.runs, kind.window)
+        if 1 < len(runs) <= MAX_RUNS and kind.softcap is None:
+            outputs.append(decode_by_run(query_1KGD, keys_PSKD, values_PSKD, runs, kind.scale))
+        else:
+            key, value = places(keys_PSKD, where, kind.window), places(values_PSKD, where, kind.window)
+            outputs.append(scaled_dot_product(query_1KGD, key, value, kind))
     return torch.cat(outputs).reshape(query_BHD.shape)
+
+
+def decode_by_run(
+    query_1KGD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, runs: Sequence[Run], scale: float
+) -> Tensor:
+    """One sequence that shares a prefix and so lies in pieces: each by itself, then weighted by the sums of their
+    exponentials, as Flash-Decoding merges its splits. Returns [1, K, G, D].
+    """
+    outputs, sums = zip(
+        *(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query_1KGD, run_of(keys_PSKD, run), run_of(values_PSKD, run), scale=scale
+            )
+            for run in runs
+        ),
+        strict=True,
+    )
+    weights = torch.stack(sums).softmax(dim=0).unsqueeze(-1)
+    return (torch.stack(outputs) * weights).sum(dim=0).to(query_1KGD.dtype)
 
 
 def decode_gathered(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
@@ -138,13 +165,29 @@ PREFILL: Mapping[str, Attend] = {"torch": prefill_by_chunk, "triton": prefill_tr
 
 def places(cached_PSKD: Tensor, where: Whereabouts, window: int | None = None) -> Tensor:
     """The last `window` places of a sequence as [1, K, L, D]: where they lie if they are neighbours, or else copied."""
+    if where.place_L is None:
+        return run_of(cached_PSKD, last(where.runs, window)[0])
+    place_L = where.place_L if window is None else where.place_L[-window:]
+    return cached_PSKD.flatten(0, 1).index_select(0, place_L).transpose(0, 1)[None]
+
+
+def run_of(cached_PSKD: Tensor, run: Run) -> Tensor:
+    """Neighbouring places as [1, K, L, D], where they lie."""
     heads, width = cached_PSKD.shape[2:]
-    if where.place_L is not None:
-        place_L = where.place_L if window is None else where.place_L[-window:]
-        return cached_PSKD.flatten(0, 1).index_select(0, place_L).transpose(0, 1)[None]
-    start = where.start if window is None else max(where.start, where.stop - window)
-    shape, strides = (1, heads, where.stop - start, width), (0, width, heads * width, 1)
+    start, stop = run
+    shape, strides = (1, heads, stop - start, width), (0, width, heads * width, 1)
     return cached_PSKD.as_strided(shape, strides, start * heads * width)
+
+
+def last(runs: tuple[Run, ...], window: int | None) -> tuple[Run, ...]:
+    """The last `window` places."""
+    left = sum(stop - start for start, stop in runs) if window is None else window
+    kept: list[Run] = []
+    for start, stop in reversed(runs):
+        if left > 0:
+            kept.append((max(start, stop - left), stop))
+            left -= stop - start
+    return tuple(reversed(kept))
 
 
 def visible(place_L: Tensor, position: Tensor, window: int | None) -> Tensor:

@@ -35,16 +35,18 @@ class Part:
         return self.past + self.tokens
 
 
+Run = tuple[int, int]
+"""The first of neighbouring places, and one past the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
     """Where one sequence lies."""
 
-    start: int
-    """Its first place."""
-    stop: int
-    """One past its last place, if its places are neighbours."""
+    runs: tuple[Run, ...]
+    """As few pieces as there are."""
     place_L: Tensor | None
-    """int64; None if its places are neighbours."""
+    """int64: the same places one by one; None for a single run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,19 +135,19 @@ def chunks(parts: Sequence[Part], start: int, size: int, device: torch.device) -
 
 def whereabouts(part: Part, size: int, device: torch.device) -> Whereabouts:
     """Where a sequence lies, the tokens of the step included."""
-    pages, tokens = part.pages, part.length
+    runs = tuple(runs_of(part.pages, part.length, size))
+    if len(runs) == 1:
+        return Whereabouts(runs, None)
+    return Whereabouts(runs, torch.cat([torch.arange(start, stop, device=device) for start, stop in runs]))
+
+
+def runs_of(pages: Sequence[int], tokens: int, size: int) -> Iterator[Run]:
+    """The places of the first `tokens` tokens of a sequence."""
     used = -(-tokens // size)
-    start = pages[0] * size
-    if pages[used - 1] - pages[0] == used - 1 and are_neighbours(pages[:used]):
-        return Whereabouts(start, start + tokens, None)
-    page_N = torch.tensor(pages[:used], device=device).unsqueeze(1)
-    place_NS = page_N * size + torch.arange(size, device=device)
-    return Whereabouts(start, start, place_NS.flatten()[:tokens])
-
-
-def are_neighbours(pages: Sequence[int]) -> bool:
-    """True if each page comes right after the one before."""
-    return all(after - before == 1 for before, after in pairwise(pages))
+    cuts = [0, *(at for at in range(1, used) if pages[at] != pages[at - 1] + 1), used]
+    for first, end in pairwise(cuts):
+        start = pages[first] * size
+        yield start, start + min(end * size, tokens) - first * size
 
 
 def tables(parts: Sequence[Part], size: int, device: torch.device) -> Tables:
