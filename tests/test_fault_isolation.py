@@ -14,10 +14,9 @@ from lorafold.engine.emit import Vocabulary
 from lorafold.engine.sampling_state import SamplingState
 from lorafold.errors import StepFailed
 from lorafold.requests import Failed, Finished, Sampling
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, wait_until_idle
 from tests.engines import Bench, Collected
 from tests.models import prompts, tiny_llama
-from tests.test_generation_socket import wait_until_idle
 
 PROMPTS: list[list[int]] = prompts(3, 8).tolist()
 BAD: list[int] = prompts(1, 8, seed=8)[0].tolist()

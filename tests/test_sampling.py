@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,50 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from lorafold.engine.cuts import candidates, least_weights
-from lorafold.engine.largest import largest
 from lorafold.engine.sampling import Pick, sample
 from lorafold.engine.sampling_state import SamplingState
-from lorafold.requests import Sampling
 from tests.models import DEVICES
-from tests.tolerances import CHI_SQUARE, NUCLEUS
-
-PROMPT = (3, 5, 5, 9)
-
-
-def state(answer: Sequence[int] = (), *, index: int = 0, logprobs: int | None = None, **sampling: Any) -> SamplingState:
-    return SamplingState(Sampling(**sampling), [*PROMPT, *answer], len(PROMPT), index, logprobs)
-
-
-def logits(rows: int = 1, seed: int = 0, vocabulary: int = 40, device: str = "cpu") -> Tensor:
-    return (torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2).to(device)
-
-
-def tokens(logits_SV: Tensor, rows: Sequence[SamplingState]) -> list[int | None]:
-    return [pick.token for pick in sample(logits_SV, rows).read()]
-
-
-def warped(logits_SV: Tensor, *, temperature: float, **cuts: Any) -> Tensor:
-    """The logits after transformers' own warpers, in its own order."""
-    warpers: dict[str, Callable[[Any], LogitsProcessor]] = {
-        "top_k": TopKLogitsWarper,
-        "top_p": TopPLogitsWarper,
-        "min_p": MinPLogitsWarper,
-    }
-    chain = [TemperatureLogitsWarper(temperature), *(warpers[name](value) for name, value in cuts.items())]
-    for warper in chain:
-        logits_SV = warper(None, logits_SV)
-    return logits_SV
-
+from tests.sampling_rows import logits, state, tokens, warped
+from tests.tolerances import CHI_SQUARE
 
 OPTIONS = st.fixed_dictionaries(
     {"temperature": st.sampled_from([0.0, 0.3, 1.0, 4.0]), "seed": st.integers(0, 2**64 - 1)},
@@ -133,85 +94,6 @@ def test_every_device_chooses_the_same_tokens(device: str) -> None:
         for temperature, top_k, top_p in [(0, 0, 1), (1, 0, 1), (1, 9, 1), (2, 0, 0.9), (1, 900, 1), (3, 900, 0.5)]
     ]
     assert tokens(values.to(device), rows) == tokens(values, rows)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 255, 256, 300, 70_000, 65_536 + 255])
-def test_greedy_is_the_first_of_the_largest_logits(vocabulary: int) -> None:
-    values = logits(3, 5, vocabulary).round()
-    values[2, vocabulary // 2] = math.nan
-    value_S, place_S = largest(values)
-    assert place_S[:2].tolist() == [row.index(max(row)) for row in values[:2].tolist()]
-    assert value_S[:2].tolist() == values[:2].amax(-1).tolist()
-    assert math.isnan(value_S[2])
-    assert tokens(values, [state()] * 3)[2] is None
-
-
-CUTS: list[dict[str, Any]] = [
-    {"top_k": 1},
-    {"top_k": 5},
-    {"top_k": 400},
-    {"top_k": 2000},
-    {"top_p": 0.05},
-    {"top_p": 0.6},
-    {"top_p": 0.99},
-    {"top_p": 0.9999},
-    {"min_p": 0.02},
-    {"min_p": 1.0},
-    {"top_k": 600, "top_p": 0.7},
-    {"top_k": 30, "top_p": 0.9, "min_p": 0.1},
-]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-@pytest.mark.parametrize("cut", CUTS)
-def test_the_kept_tokens_are_those_of_transformers(cut: dict[str, Any], temperature: float) -> None:
-    values = logits(4, 2, 3000)
-    theirs = warped(values, temperature=temperature, **cut).isfinite()
-    weights = ((values - values.amax(-1, keepdim=True)) / temperature).exp()
-    cuts = [Sampling(temperature=temperature, **cut)] * 4
-    ours = weights >= least_weights(weights, cuts)[:, None]
-    # Cumulative sums in fp32 may end a nucleus a token earlier or later: that token has next to no probability.
-    assert float((weights * (ours != theirs)).sum() / weights.sum()) < NUCLEUS
-    assert 0 < int(ours.sum()) < ours.numel()
-    few = candidates(weights, cuts)
-    assert torch.equal(few.least_D[few.enough_D], least_weights(weights, cuts)[few.enough_D])
-
-
-def test_a_few_candidates_are_enough_for_a_peaked_row_and_not_for_a_flat_one() -> None:
-    values = logits(2, 4, 3000)
-    weights = (values - values.amax(-1, keepdim=True)) * torch.tensor([[4.0], [0.01]])
-    few = candidates(weights.exp(), [Sampling(temperature=1.0, top_p=0.9)] * 2)
-    assert few.enough_D.tolist() == [True, False]
-
-
-@pytest.mark.parametrize("penalty", [0.7, 1.3])
-def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
-    values = logits(2)
-    answers = [(1, 2, 2), (39,)]
-    ids = [torch.tensor([[*PROMPT, *answer]]) for answer in answers]
-    penalise = RepetitionPenaltyLogitsProcessor(penalty)
-    rows = [state(answer, repetition_penalty=penalty) for answer in answers]
-    expected = [int(penalise(ids[row], values[row : row + 1].clone()).argmax()) for row in range(2)]
-    assert tokens(values, rows) == expected
-
-
-def test_penalties_follow_an_answer_that_grows() -> None:
-    """Oracle: the definition of OpenAI's API, counted anew at each step. Prompt tokens are not counted."""
-    values = logits(1, 6)
-    row = state(presence_penalty=0.4, frequency_penalty=0.9)
-    counts: Counter[int] = Counter()
-    said = []
-    for _ in range(30):
-        lowered = [
-            value - 0.4 * (counts[token] > 0) - 0.9 * counts[token] for token, value in enumerate(values[0].tolist())
-        ]
-        token = tokens(values, [row])[0]
-        assert token == lowered.index(max(lowered))
-        row.tokens.append(token)
-        counts[token] += 1
-        said.append(token)
-    assert len({*said}) > 3
-    assert {int(values.argmax())} == {*tokens(values, [state()])}  # Negative control: no penalty, no change.
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Which tokens top_k, top_p and min_p leave, as the least weight that stays.
 
 A weight is a probability over the largest one of its row, so min_p is a bound on it. top_p counts what top_k left, as
-in transformers. Tokens with equal weights stay or go together, which makes a row's cut the same in every batch and on
-every device, whatever order a kernel finds them in.
+in transformers. Tokens with equal weights stay or go together, which makes a row's cut the same in every batch,
+whatever order a kernel finds them in.
 
 Shapes in the names: D rows, V vocabulary, C candidates.
 """
@@ -56,6 +56,8 @@ def candidates(weight_DV: Tensor, cuts: Sequence[Sampling]) -> Candidates:
     vocabulary = weight_DV.shape[1]
     wanted = [cut.top_k + 1 for cut in cuts if cut.top_k < MANY]
     weight_DC, token_DC = weight_DV.topk(min(vocabulary, max([FEW, *wanted])))
+    order_DC = token_DC.argsort(dim=-1)
+    in_order = weight_DC.gather(1, order_DC), token_DC.gather(1, order_DC)
     beyond_D = weight_DC[:, -1] if weight_DC.shape[1] < vocabulary else weight_DC.new_full((), -1.0)
     settings = [(kept(cut, vocabulary), cut.top_p, cut.min_p) for cut in cuts]
     count_D, share_D, bound_D = torch.tensor(settings, dtype=torch.float64).T.to(weight_DV.device)
@@ -66,13 +68,17 @@ def candidates(weight_DV: Tensor, cuts: Sequence[Sampling]) -> Candidates:
     total_D = mass_DC.sum(dim=-1)
     if any(cut.top_p < 1.0 and kept(cut, vocabulary) == vocabulary for cut in cuts):
         total_D = torch.where(limited_D, total_D, fixed_point(weight_DV).sum(dim=-1))
-    before_DC = mass_DC.cumsum(dim=-1) - mass_DC
-    inside_D1 = (before_DC < reach(share_D, total_D)[:, None]).sum(dim=-1, keepdim=True)
-    edge_D = weight_DC.gather(1, (inside_D1 - 1).clamp(min=0))[:, 0]
-    least_D = torch.where(share_D < 1.0, edge_D, 0.0).maximum(kth_D).maximum(bound_D.float())
+    edge_D = torch.where(share_D < 1.0, nucleus_edge(weight_DC, mass_DC, reach(share_D, total_D)), 0.0)
+    least_D = edge_D.maximum(kth_D).maximum(bound_D.float())
     enough_D = (least_D > beyond_D) & (~limited_D | (kth_D > beyond_D))
-    order_DC = token_DC.argsort(dim=-1)
-    return Candidates(weight_DC.gather(1, order_DC), token_DC.gather(1, order_DC), least_D, enough_D)
+    return Candidates(*in_order, least_D, enough_D)
+
+
+def nucleus_edge(weight_DC: Tensor, mass_DC: Tensor, reach_D: Tensor) -> Tensor:
+    """The last of descending weights that are needed to reach a mass, [D] fp32; the very last if all fall short."""
+    before_DC = mass_DC.cumsum(dim=-1) - mass_DC
+    inside_D1 = (before_DC < reach_D[:, None]).sum(dim=-1, keepdim=True)
+    return weight_DC.gather(1, (inside_D1 - 1).clamp(min=0))[:, 0]
 
 
 def least_weights(weight_DV: Tensor, cuts: Sequence[Sampling]) -> Tensor:
