@@ -171,15 +171,15 @@ def test_loading_keeps_no_gradients(adapter_on_llama: MakeAdapter) -> None:
 
 def test_detach_leaves_the_model_as_it_was(adapter_on_llama: MakeAdapter) -> None:
     model = tiny_llama()
-    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
     before = weights_of(model)
     manager = AdapterManager(model)
     manager.load("a", adapter_on_llama(**KINDS["saved-head"]))
     manager.load("b", adapter_on_llama(**KINDS["all-linear"]))
-    assert classes != {name: type(module) for name, module in model.named_modules()}
+    assert attributes != {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
     manager.merge_adapter("a")
     manager.detach()
-    assert classes == {name: type(module) for name, module in model.named_modules()}
+    assert attributes == {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
     assert_same_weights(model, before)
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +35,9 @@ from lorafold_adapters.identity import fingerprint as fingerprint_of
 from lorafold_adapters.merged import Merged
 from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.quantised import dequantised, keep_as_loaded, quantised_modules, take_over
+from lorafold_adapters.router import STACK_BYTES, Router
 from lorafold_adapters.routes import route_of, unrouted, with_routes
 from lorafold_adapters.stand_ins import ByStorage, FoldOptions, Provenance, StandIns
-from lorafold_adapters.two_path import SITE, Routing, RoutingCell, Spans, install, uninstall
 from lorafold_adapters.undo import Undo
 from lorafold_adapters.undo_kinds import UndoKind, make_undo
 from lorafold_adapters.updates import Pristine, Route
@@ -80,22 +79,23 @@ class AdapterManager:
         fingerprint: Fingerprint | None = None,
         max_delta_error: float = MAX_DELTA_ERROR,
         quantised: FoldOptions | None = None,
+        stack_bytes: int = STACK_BYTES,
     ) -> None:
         """Takes the model as it is now for the base.
 
-        `quantised`: how to fold where the base is quantised.
+        `quantised`: how to fold where the base is quantised. `stack_bytes`: memory for copies of the adapters that
+        share a batch of few tokens each; beyond it they run one by one.
         `undo`: how the base is kept; see `undo.make_undo`. `source`: the folder of the base's safetensors files, which
         is the one that the model was loaded from unless given. `fingerprint`: of the base, if it is known already.
         """
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
-        self._head = model.get_output_embeddings()
+        self._router = Router(model, model.get_output_embeddings(), stack_bytes)
         keep_as_loaded(model)
         self._quantised = quantised_modules(model)
         self._fold_options = quantised or FoldOptions()
         folder = Path(source or model.name_or_path or "/dev/null")
         self._weights = Weights(model, partial(self._make_undo, undo, folder if folder.is_dir() else None), checksum)
-        self._cell = RoutingCell()
         self._adapters: dict[str, BoundAdapter] = {}
         self._folded: str | None = None
         self._generation = 0
@@ -184,24 +184,17 @@ class AdapterManager:
             raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         if name in self._adapters:
             self.drop(name)
-        for module_name, path in paths.items():
-            module = self._modules[module_name]
-            install(module, self._cell, is_head=module is self._head).paths[name] = path
+        self._router.add(name, {self._modules[module]: path for module, path in paths.items()})
         self._adapters[name] = bound
         return bound
 
     def drop(self, name: str) -> None:
         """Forgets an adapter and frees its memory. Raises AdapterNotLoaded or AdapterInUse."""
-        bound = self._known(name)
-        if name == self._in_weights() or self._cell.current is not None:
+        self._known(name)
+        if name == self._in_weights() or self._router.active:
             raise AdapterInUse(f"adapter '{name}' is in use: call unmerge_adapter() and leave routed() first")
         del self._adapters[name]
-        for module_name in bound.updates if bound.route_refusal is None else ():
-            module = self._modules[module_name]
-            paths = module.__dict__[SITE].paths
-            del paths[name]
-            if not paths:
-                uninstall(module)
+        self._router.drop(name)
 
     def merge_adapter(self, name: str) -> int:
         """Folds adapter `name` into the weights, in place of the one that is folded now; returns the bytes written.
@@ -262,16 +255,8 @@ class AdapterManager:
         for name in {*body, *(head or ())} - {None}:
             if (refusal := self._known(str(name)).route_refusal) is not None:
                 raise AdapterUnsupported(f"adapter '{name}' cannot be routed: {refusal}; fold it")
-        spans = Spans.of(body)
-        self._cell.current = Routing(body=spans, head=spans if head is None else Spans.of(head))
-        hook = self._model.register_forward_pre_hook(
-            partial(refuse_other_sizes, self._cell, len(body)), with_kwargs=True
-        )
-        try:
+        with self._router.routed(body, head):
             yield
-        finally:
-            hook.remove()
-            self._cell.current = self._cell.tokens = None
 
     def reload(self, fresh: nn.Module) -> None:
         """Makes the weights what `fresh`, the same base newly loaded, holds. Raises BaseCorrupt if that differs too.
@@ -369,21 +354,5 @@ class AdapterManager:
             )
 
     def _refuse_while_routed(self) -> None:
-        if self._cell.current is not None:
+        if self._router.active:
             raise AdapterInUse("rows are routed now: leave routed() first")
-
-
-def refuse_other_sizes(
-    cell: RoutingCell, routed: int, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    """A forward pre-hook: raises RoutingMismatch unless the batch has `routed` rows, or as many tokens.
-
-    Tells the layers how many tokens there are.
-    """
-    given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *inputs)
-    batch = next((value for value in given if isinstance(value, Tensor)), None)
-    if batch is not None and routed not in (batch.shape[0], batch.shape[0] * batch.shape[1]):
-        raise RoutingMismatch(
-            f"{routed} rows were routed, the batch has {batch.shape[0]}: name an adapter, or None, for each row"
-        )
-    cell.tokens = None if batch is None else batch.shape[0] * batch.shape[1]

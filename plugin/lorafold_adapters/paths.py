@@ -25,18 +25,46 @@ class AdapterPath(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRankPath:
-    """`g * (W x + s B(A x)) + b`, with g = 1 unless the adapter is DoRA."""
+    """`g * (W x + s B(A x)) + c`; g and c are left out where the adapter is neither DoRA nor adds a bias.
 
-    a_RI: Tensor
-    scaled_b_OR: Tensor
-    added_bias_O: Tensor | None
+    The layouts are those that products of few rows read fastest: on a CPU A is contiguous as [I, R], on a GPU as
+    [R, I]; B is contiguous as [R, O] on both.
+    """
+
+    a_IR: Tensor
+    scaled_b_RO: Tensor
     gain_O: Tensor | None
-    base_bias_O: Tensor | None
+    shift_O: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.a_IR.shape[1]
 
     def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
         """The adapted outputs [T, O] of inputs [T, I] whose outputs under the base are given."""
-        adapted_TO = torch.addmm(outputs_TO, inputs @ self.a_RI.T, self.scaled_b_OR.T)
-        return finished(adapted_TO, self.added_bias_O, self.gain_O, self.base_bias_O)
+        adapted_TO = torch.addmm(outputs_TO, inputs @ self.a_IR, self.scaled_b_RO)
+        return finished(adapted_TO, self.gain_O, self.shift_O)
+
+    def add_(self, shrunk_TR: Tensor, outputs_TO: Tensor) -> None:
+        """Writes the adapted outputs over the base's, given the inputs' products with A."""
+        outputs_TO.addmm_(shrunk_TR, self.scaled_b_RO)
+        finish_(outputs_TO, self.gain_O, self.shift_O)
+
+
+def finished(adapted: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """`gain * adapted + shift`, of what there is of them."""
+    if gain is not None:
+        adapted = adapted * gain
+    return adapted if shift is None else adapted + shift
+
+
+def finish_(adapted: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
+    """The same in place."""
+    if gain is not None:
+        adapted.mul_(gain)
+    if shift is not None:
+        adapted.add_(shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,22 +72,12 @@ class EmbeddingPath:
     """`g * (E[x] + s A[x] B)`, scaled as the module scales its own output."""
 
     a_VR: Tensor
-    scaled_b_OR: Tensor
+    scaled_b_RO: Tensor
     gain_O: Tensor | None
 
     def __call__(self, inputs: Tensor, outputs_TO: Tensor) -> Tensor:
         """The adapted embeddings [T, O] of token ids [T]."""
-        adapted_TO = torch.addmm(outputs_TO, self.a_VR[inputs], self.scaled_b_OR.T)
-        return finished(adapted_TO, None, self.gain_O, None)
-
-
-def finished(adapted_TO: Tensor, added_O: Tensor | None, gain_O: Tensor | None, base_bias_O: Tensor | None) -> Tensor:
-    """Gain and bias: the gain leaves the base's bias alone, and what is added is not gained."""
-    if gain_O is not None and base_bias_O is not None:
-        adapted_TO = (adapted_TO - base_bias_O) * gain_O + base_bias_O
-    elif gain_O is not None:
-        adapted_TO = adapted_TO * gain_O
-    return adapted_TO if added_O is None else adapted_TO + added_O
+        return finished(torch.addmm(outputs_TO, self.a_VR[inputs], self.scaled_b_RO), self.gain_O, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,24 +151,35 @@ def path_of(update: Update, module: nn.Module, pristine: Pristine, activations: 
 
 def low_rank_path(update: LowRank, module: nn.Module, pristine: Pristine, weight: Tensor) -> AdapterPath:
     """Scales B once, in fp32, so that a forward pass does not have to; `weight` says in which dtype and where."""
-    product = update.product
-    gain_O = None if update.magnitude_O is None else product.gain(pristine("weight")).to(weight)
-    scaled_b_OR = update.b_OR.float() * update.scaling
+    gain_O = None if update.magnitude_O is None else update.product.gain(pristine("weight")).float()
+    scaled_b_RO = (update.b_OR.float() * update.scaling).T
     if isinstance(module, nn.Embedding):
-        b_OR = (scaled_b_OR * embed_scale(module)).to(weight)
-        return EmbeddingPath(a_VR=update.a_RI.T.contiguous().to(weight), scaled_b_OR=b_OR, gain_O=gain_O)
-    has_bias = getattr(module, "bias", None) is not None
-    base_bias_O = pristine("bias").to(weight, copy=True) if has_bias and gain_O is not None else None
-    added_O = None if update.bias_O is None else update.bias_O.float() * update.scaling
-    if update.new_bias_O is not None:
-        added_O = update.new_bias_O.float() - pristine("bias").float()
+        b_RO = (scaled_b_RO * embed_scale(module)).to(weight).contiguous()
+        a_VR = update.a_RI.T.contiguous().to(weight)
+        return EmbeddingPath(a_VR=a_VR, scaled_b_RO=b_RO, gain_O=None if gain_O is None else gain_O.to(weight))
+    shift_O = shift_of(update, module, pristine, gain_O)
     return LowRankPath(
-        a_RI=update.a_RI.to(weight),
-        scaled_b_OR=scaled_b_OR.to(weight),
-        added_bias_O=None if added_O is None else added_O.to(weight),
-        gain_O=gain_O,
-        base_bias_O=base_bias_O,
+        a_IR=laid_out(update.a_RI.to(weight)),
+        scaled_b_RO=scaled_b_RO.to(weight).contiguous(),
+        gain_O=None if gain_O is None else gain_O.to(weight),
+        shift_O=None if shift_O is None else shift_O.to(weight),
     )
+
+
+def shift_of(update: LowRank, module: nn.Module, pristine: Pristine, gain_O: Tensor | None) -> Tensor | None:
+    """What is added last, in fp32: the gain leaves the base's bias alone, and an added bias is not gained."""
+    shift_O = None if update.bias_O is None else update.bias_O.float() * update.scaling
+    if update.new_bias_O is not None:
+        shift_O = update.new_bias_O.float() - pristine("bias").float()
+    if gain_O is not None and getattr(module, "bias", None) is not None:
+        kept_O = pristine("bias").float() * (1 - gain_O)
+        shift_O = kept_O if shift_O is None else kept_O + shift_O
+    return shift_O
+
+
+def laid_out(a_RI: Tensor) -> Tensor:
+    """The tensor as [I, R], in the layout that its device reads fastest."""
+    return a_RI.contiguous().T if a_RI.is_cuda else a_RI.T.contiguous()
 
 
 def new_rows_path(update: NewRows, module: nn.Module) -> AdapterPath:
@@ -180,7 +209,6 @@ def replica(module: nn.Module, update: Replaced) -> nn.Module:
     own = copy.copy(module)
     for attribute in [name for name in own.__dict__ if name.startswith("_lorafold") or name == "forward"]:
         del own.__dict__[attribute]
-    own.__class__ = getattr(type(module), "lorafold_base", type(module))
     own._parameters = dict(module._parameters)
     for name, values in update.parameters.items():
         like = cast(Tensor, module._parameters[name])

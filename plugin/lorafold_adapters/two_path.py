@@ -1,128 +1,132 @@
-"""The unmerged path: layers of the base that add an adapter's low-rank product for the rows that have one.
+"""Where adapters attach: a `Site` for each module that one of them changes, and families of those that share an input.
 
-`install` swaps a module's class in place for a subclass of it, so its parameters stay where they are; with nothing
-routed it computes exactly what it did before. Which rows have which adapter is said per forward pass by a `Routing`.
+While nothing is routed no module knows of its site: it is exactly what it was, and costs what it did. Inside `routed`
+a site puts a step's `forward` before its module's own. Knows nothing of what a step computes.
+
+Shapes in the names: I in-features, R rank.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafold_adapters.errors import RoutingMismatch
-from lorafold_adapters.paths import AdapterPath
+from lorafold_adapters.paths import AdapterPath, LowRankPath, laid_out
 
 SITE = "_lorafold_site"
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Units `start` to `stop` (exclusive) of a batch belong to `adapter`."""
+class Step(Protocol):
+    """What a module runs in place of its own forward, inside `routed`."""
 
-    start: int
-    stop: int
-    adapter: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spans:
-    """Which parts of a batch have an adapter. A unit is a row, or a token where rows are packed."""
-
-    units: int
-    spans: tuple[Span, ...]
-
-    @classmethod
-    def of(cls, adapters: Sequence[str | None]) -> "Spans":
-        """Neighbours with the same adapter become one span; None is the base."""
-        spans: list[Span] = []
-        for index, adapter in enumerate(adapters):
-            if adapter is None:
-                continue
-            if spans and spans[-1].adapter == adapter and spans[-1].stop == index:
-                spans[-1] = Span(spans[-1].start, index + 1, adapter)
-            else:
-                spans.append(Span(index, index + 1, adapter))
-        return cls(units=len(adapters), spans=tuple(spans))
+    def forward(self, inputs: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """The outputs of the module with the adapters of the rows."""
+        ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Routing:
-    """One forward pass: the spans of its tokens and of what reaches the output embedding."""
-
-    body: Spans
-    head: Spans
-
-
-@dataclass(slots=True)
-class RoutingCell:
-    """Shared by all installed layers of one model; None while nothing is routed."""
-
-    current: Routing | None = None
-    tokens: int | None = None
-    """Of the whole batch, once it is known."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """What is installed on one module."""
+    """What is attached to one module."""
 
-    cell: RoutingCell
-    is_head: bool
-    paths: dict[str, AdapterPath] = field(default_factory=dict)
+    __slots__ = ("_attributes", "_own", "family", "is_head", "module", "paths")
 
-    def adapt(self, routing: Routing, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Writes the adapted outputs of every routed span over the base's outputs."""
-        routed = routing.head if self.is_head else routing.body
-        outputs_NO = outputs.view(-1, outputs.shape[-1])
-        feature_axes = 0 if inputs.dtype in (torch.int32, torch.int64) else 1
-        inputs_N = inputs.reshape(outputs_NO.shape[0], *inputs.shape[inputs.dim() - feature_axes :])
-        expected = None if self.is_head else self.cell.tokens
-        if outputs_NO.shape[0] % routed.units or expected not in (None, outputs_NO.shape[0]):
-            raise RoutingMismatch(
-                f"a layer got {outputs_NO.shape[0]} tokens of a batch of {expected or routed.units}: it does not work "
-                "row by row; fold the adapter, or run one row at a time"
-            )
-        tokens = outputs_NO.shape[0] // routed.units
-        for span in routed.spans:
-            path = self.paths.get(span.adapter)
-            if path is not None:
-                part = slice(span.start * tokens, span.stop * tokens)
-                outputs_NO[part] = path(inputs_N[part], outputs_NO[part])
-        return outputs
+    def __init__(self, module: nn.Module, *, is_head: bool) -> None:
+        self.module = module
+        self.is_head = is_head
+        self.paths: dict[str, AdapterPath] = {}
+        """By adapter."""
+        self.family = Family([self])
+        self._attributes = module.__dict__
+        self._own: Any = None
 
+    def base(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward makes of the inputs."""
+        own = self._own
+        return (
+            type(self.module).forward(self.module, inputs, *args, **kwargs)
+            if own is None
+            else own(inputs, *args, **kwargs)
+        )
 
-class TwoPath(nn.Module):
-    """Mixed into the class of a module that adapters change."""
+    def enter(self, step: Step) -> None:
+        """From now on the module runs `step`."""
+        self._own = self._attributes.get("forward")
+        self._attributes["forward"] = step.forward
 
-    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, then the low-rank path for the routed rows."""
-        outputs = super().forward(inputs, *args, **kwargs)
-        site: Site = self.__dict__[SITE]
-        routing = site.cell.current
-        return outputs if routing is None else site.adapt(routing, inputs, outputs)
+    def leave(self) -> None:
+        """The module is what it was."""
+        if self._own is None:
+            self._attributes.pop("forward", None)
+        else:
+            self._attributes["forward"] = self._own
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+class Family:
+    """Sites that were seen to get the same tensor: what A makes of it is computed once.
+
+    Of each adapter the family keeps the sites' A's as one tensor; the paths hold views of it.
+    """
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.products: dict[str, Tensor] = {}
+        """By adapter: the A's of all sites that it changes, [I, sum of R], in the order of `sites`."""
+        self.columns: dict[str, dict[int, slice]] = {}
+        """By adapter and place in `sites`: which columns of that are whose."""
+
+    def place(self, site: Site) -> int:
+        """The site's place in the family."""
+        return next(index for index, sibling in enumerate(self.sites) if sibling is site)
+
+    def low_rank(self, name: str) -> dict[int, LowRankPath]:
+        """The paths of one adapter that are low-rank products, by place."""
+        paths = {index: site.paths.get(name) for index, site in enumerate(self.sites)}
+        return {index: path for index, path in paths.items() if isinstance(path, LowRankPath)}
+
+    def gather(self, name: str) -> None:
+        """Lays one adapter's A's side by side; called once its paths are at their sites."""
+        paths = self.low_rank(name)
+        self.forget(name)
+        if not paths:
+            return
+        if len(paths) == 1:
+            joined_IR = next(iter(paths.values())).a_IR
+        else:
+            joined_IR = laid_out(torch.cat([path.a_IR.T for path in paths.values()]))
+        columns, stop = {}, 0
+        for index, path in paths.items():
+            start, stop = stop, stop + path.rank
+            columns[index] = slice(start, stop)
+            self.sites[index].paths[name] = replace(path, a_IR=joined_IR[:, start:stop])
+        self.products[name], self.columns[name] = joined_IR, columns
+
+    def forget(self, name: str) -> None:
+        """Drops what is kept of one adapter."""
+        self.products.pop(name, None)
+        self.columns.pop(name, None)
 
 
-def two_path_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose instances route; one per class."""
-    if base not in _classes:
-        _classes[base] = type(f"TwoPath{base.__name__}", (TwoPath, base), {"lorafold_base": base})
-    return _classes[base]
+def merged(families: Iterable[Family]) -> Family:
+    """One family of all the sites."""
+    family = Family([site for part in families for site in part.sites])
+    for site in family.sites:
+        site.family = family
+    for name in dict.fromkeys(name for site in family.sites for name in site.paths):
+        family.gather(name)
+    return family
 
 
-def install(module: nn.Module, cell: RoutingCell, *, is_head: bool) -> Site:
-    """Makes `module` route, in place; returns its site, the existing one if it has one."""
+def install(module: nn.Module, *, is_head: bool) -> Site:
+    """The site of `module`, made if it has none."""
     if SITE not in module.__dict__:
-        module.__dict__[SITE] = Site(cell=cell, is_head=is_head)
-        module.__class__ = two_path_class(type(module))
+        module.__dict__[SITE] = Site(module, is_head=is_head)
     return cast(Site, module.__dict__[SITE])
 
 
 def uninstall(module: nn.Module) -> None:
     """Makes `module` exactly what it was."""
-    module.__class__ = cast(Any, type(module)).lorafold_base
-    del module.__dict__[SITE]
+    site: Site = module.__dict__.pop(SITE)
+    site.family.sites = [sibling for sibling in site.family.sites if sibling is not site]
+    for name in list(site.family.products):
+        site.family.gather(name)
