@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
 from lorafold.config import Config, EngineConfig, FoldConfig, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
-from lorafold.engine.budget import PAGE_TOKENS, Wishes, pages_for
+from lorafold.engine.budget import PAGE_TOKENS, Wishes, pages_for, step_bytes
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
@@ -89,7 +90,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
             pool=pool,
             max_batch=limits.max_batch,
             max_waiting=limits.max_queue,
-            prefill_tokens=limits.prefill_tokens or PREFILL_TOKENS[model.device.type],
+            prefill_tokens=prefill_tokens(limits, model.device),
         ),
         vocabulary=base.vocabulary(),
         observer=metrics,
@@ -110,13 +111,19 @@ async def load_parts(config: Config, say: Say) -> Parts:
     )
 
 
+def prefill_tokens(limits: EngineConfig, device: torch.device) -> int:
+    """Tokens of one step at most, as declared or as suits the device."""
+    return limits.prefill_tokens or PREFILL_TOKENS[device.type]
+
+
 def make_pool(limits: EngineConfig, base: LoadedBase) -> PagePool:
     """The pages of the cache, within the memory that is declared or there."""
     device = base.model.device
     wishes = Wishes(
         declared_gib=limits.kv_memory_gib, max_batch=limits.max_batch, context=min(limits.max_context, base.context)
     )
-    pages = pages_for(wishes, base.cache_bytes_per_token, device)
+    step = step_bytes(base.model, min(prefill_tokens(limits, device), wishes.context))
+    pages = pages_for(wishes, base.cache_bytes_per_token, device, step)
     return PagePool(pages=pages, size=PAGE_TOKENS, neighbours=device.type == "cpu")
 
 

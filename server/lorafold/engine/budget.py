@@ -4,6 +4,11 @@ import os
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
+
+from lorafold.engine.attention_means import PLAIN
+from lorafold.engine.kv_cache import PagedCache
+from lorafold.engine.step import Part, plan_step
 
 GIB = 2**30
 PAGE_TOKENS = 16
@@ -39,6 +44,31 @@ def pages_for(wishes: Wishes, bytes_per_token: int, device: torch.device, step_b
     pages = budget // (bytes_per_token * PAGE_TOKENS)
     most = wishes.max_batch * -(-wishes.context // PAGE_TOKENS)
     return max(1, min(pages, most)) + 1  # One is nobody's.
+
+
+@torch.inference_mode()
+def step_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Memory of a GPU that a step of so many tokens takes beside the weights, by running one; 0 on a CPU."""
+    if model.device.type != "cuda":
+        return 0
+    cache = PagedCache(pages=1 + -(-tokens // PAGE_TOKENS), size=PAGE_TOKENS)
+    part = Part(tokens=tokens, past=0, pages=range(1, cache.pages), decodes=False)
+    step = plan_step(cache, [part], model.device, with_tables=True)
+    ids_1T = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    model(
+        input_ids=ids_1T,
+        position_ids=step.position_T[None],
+        use_cache=False,
+        logits_to_keep=1,
+        step=step,
+        means=PLAIN,
+    )
+    peak = torch.cuda.max_memory_allocated(model.device)
+    del cache, step, ids_1T
+    torch.cuda.empty_cache()
+    return peak - before
 
 
 def free_host_bytes() -> int:
