@@ -43,8 +43,8 @@ def plain(logits_V: Tensor, row: SamplingState) -> int:
         values[token] = value - (torch.tensor(given.presence_penalty) * (token in answer) + off)
     if given.greedy:
         return values.index(max(values))
-    scaled = (torch.stack(values) - max(values)) / given.temperature
-    weights = [Fraction(float(weight)) for weight in scaled.exp()]
+    scaled = (torch.stack(values) - max(values)) / (given.temperature * math.log(2.0))
+    weights = [Fraction(float(weight)) for weight in scaled.exp2()]
     kept = {token for token, weight in enumerate(weights) if sum(other > weight for other in weights) < given.top_k}
     kept = kept or {*range(len(weights))}
     total = sum(weights[token] for token in kept)

@@ -21,7 +21,7 @@ from lorafold.engine.penalties import penalised
 from lorafold.engine.sampling_state import SamplingState
 from lorafold.requests import Sampling, TokenLogprobs
 
-COLDEST = 2.0**-126
+COLDEST = 2.0**-125
 """Temperatures below it are as good as greedy, and would be 0 in fp32."""
 
 
@@ -105,9 +105,10 @@ def choose(logits_SV: Tensor, rows: Sequence[SamplingState]) -> Chosen:
 
 def draw(logits_DV: Tensor, largest_D: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Token ids [D] int64, drawn from the softmax that the cuts leave; -1 where no token has any weight."""
-    settings = [(max(row.sampling.temperature, COLDEST), row.uniform()) for row in rows]
-    temperature_D, uniform_D = torch.tensor(settings, dtype=torch.float64).T.to(logits_DV.device)
-    weight_DV = (logits_DV.float() - largest_D.float()[:, None]).div_(temperature_D.float()[:, None]).exp_()
+    # exp2, not exp: on the CPU that comes from a library that wakes every thread, however small the batch is.
+    settings = [(max(row.sampling.temperature, COLDEST) * math.log(2.0), row.uniform()) for row in rows]
+    octave_D, uniform_D = torch.tensor(settings, dtype=torch.float64).T.to(logits_DV.device)
+    weight_DV = (logits_DV.float() - largest_D.float()[:, None]).div_(octave_D.float()[:, None]).exp2_()
     weight_DV.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     cut = [row for row, state in enumerate(rows) if is_cut(state.sampling, logits_DV.shape[1])]
     if not cut:
