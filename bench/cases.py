@@ -113,15 +113,20 @@ def ratios(measured: Measured) -> dict[str, dict[str, Any]]:
     """Medians and quartiles of the per-round ratios of decode steps; above 1 in `over_*` we are faster."""
     steps = {name: steps_of(runs) for name, runs in measured.runs.items()}
     found: dict[str, dict[str, Any]] = {
-        key: dict(ratio(steps[above], steps[below]))
+        key: compared(steps[above], steps[below])
         for key, (above, below) in RATIOS.items()
         if above in steps and below in steps
     }
     caches = [name for name in ("generate_dynamic", "generate_static") if name in steps]
     if caches and "merged" in steps:
         better = min(caches, key=lambda name: statistics.median(steps[name]))
-        found["over_generate"] = {**ratio(steps[better], steps["merged"]), "cache": better.removeprefix("generate_")}
+        found["over_generate"] = {**compared(steps[better], steps["merged"]), "cache": better.removeprefix("generate_")}
     return found
+
+
+def compared(above: list[float], below: list[float]) -> dict[str, Any]:
+    """The per-round ratios, and that of each side's fastest round: other work on the machine slows, it never speeds."""
+    return {**ratio(above, below), "of_fastest": round(min(above) / min(below), 3)}
 
 
 def roofline_share(measured: Measured, step_bytes: int) -> dict[str, float]:

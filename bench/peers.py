@@ -22,6 +22,8 @@ from bench.work import Run, Work
 
 PAGE = 256
 """Tokens of a page in the cache of continuous batching, by its default."""
+MAX_BATCH_TOKENS = 2048
+"""Of one of its steps: its mask is dense, tokens by places in the cache, where there is no flash attention."""
 Peer = Callable[[Work], Run]
 
 
@@ -110,7 +112,7 @@ def options_for(work: Work) -> dict[str, Any]:
     """Those of the options that the installed version knows."""
     wanted = {
         "num_blocks": work.rows * math.ceil(work.context / PAGE),
-        "max_batch_tokens": work.rows * len(work.prompts[0]),
+        "max_batch_tokens": min(work.rows * len(work.prompts[0]), MAX_BATCH_TOKENS),
         "max_requests_per_batch": work.rows,
         "allow_block_sharing": False,  # Or prompts of an earlier round would be found in its cache.
         "auto_switch_to_flash": find_spec("flash_attn") is not None,  # Else it would ask a hub for it.

@@ -13,9 +13,10 @@ from bench.models import SHAPES
 GROUPS = {
     "generate": ("generate_dynamic", "generate_static"),
     "continuous": ("continuous_batching",),
-    "peft": ("peft_mixed", "peft_unmerged", "peft_merged"),
+    "peft": ("peft_mixed",),
+    "peft-own": ("peft_unmerged", "peft_merged"),
 }
-"""Peers, as the command line calls them."""
+"""Peers, as the command line calls them; `none` is for none of them."""
 CLIENTS = 32
 
 
@@ -98,7 +99,7 @@ def parsed(description: str | None) -> argparse.Namespace:
     parser.add_argument("--batches", help="1,8,32 unless given, with 64 on a GPU")
     parser.add_argument("--prompts", default="64,512", help="lengths; results are headed by the first")
     parser.add_argument("--answer", type=int, default=32, help="tokens of each answer")
-    parser.add_argument("--peers", default=",".join(GROUPS), help="those to compare with; all unless given")
+    parser.add_argument("--peers", help=f"of {', '.join(GROUPS)}; all unless given, on a GPU without the last")
     parser.add_argument("--seconds", type=float, default=60, help="when to begin no more rounds of a case")
     parser.add_argument("--no-grpc", action="store_true", help="leave out the server")
     parser.add_argument("--device", default="auto")
@@ -114,7 +115,8 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> Plan:
     on_gpu = device.type == "cuda"
     shapes = (arguments.shape or ("8b" if on_gpu else "tiny,mid")).split(",")
     batches = numbers(arguments.batches or ("1,8,32,64" if on_gpu else "1,8,32"))
-    peers = [name for group in arguments.peers.split(",") if group for name in GROUPS[group]]
+    groups = arguments.peers or ",".join(list(GROUPS)[: -1 if on_gpu else None])  # Which needs one more copy.
+    peers = [name for group in groups.split(",") if group != "none" for name in GROUPS[group]]
     variants = tuple(name for name in (*OURS, *PEERS) if name in OURS or name in peers)
     prompts = numbers(arguments.prompts)
     cases = tuple(

@@ -38,8 +38,10 @@ def show(case: Case, found: Mapping[str, Any]) -> None:
     print(f"{case.shape}, batch {case.batch}, prompts of {case.prompt}, answers of {case.answer}, ", end="")
     print(f"{found['rounds']} rounds:")
     for name, value in found["ratios"].items():
+        fastest = f"   of the fastest rounds {value['of_fastest']:.3f}" if "of_fastest" in value else ""
         cache = f" ({value['cache']} cache)" if "cache" in value else ""
-        print(f"  {name + cache:<36} {value['median']:>7.3f}   [{value['quartile_1']:.3f}, {value['quartile_3']:.3f}]")
+        spread = f"[{value['quartile_1']:.3f}, {value['quartile_3']:.3f}]{fastest}"
+        print(f"  {name + cache:<36} {value['median']:>7.3f}   {spread}")
     for name, share in found["equal_rows"].items():
         print(f"  {'same tokens, ' + name:<60} {share:.0%} of the rows")
     for name, milliseconds in found.get("step_milliseconds", {}).items():

@@ -102,12 +102,19 @@ def ask(process: "subprocess.Popen[str]", work: Work) -> dict[str, Any]:
     return said
 
 
-def compare(model: LlamaForCausalLM, folder: Path, work: Work, rounds: int) -> tuple[dict[str, list[float]], bool]:
-    """Seconds of the same work through gRPC and on the same engine, alternating; whether all tokens were the same."""
+def write_base(model: LlamaForCausalLM, folder: Path) -> None:
+    """What a server needs of a base."""
     saved(model, folder)
     tokenizer_of(model.config.vocab_size).save_pretrained(str(folder))
+
+
+def compare(folder: Path, device: torch.device, work: Work, rounds: int) -> tuple[dict[str, list[float]], bool]:
+    """Seconds of the same work through gRPC and on the same engine, alternating; whether all tokens were the same.
+
+    `folder` has a base, which the server puts on `device`.
+    """
     answers = set()
-    with running(server_config(folder, model.device, work)) as app, clients(app.address) as process:
+    with running(server_config(folder, device, work)) as app, clients(app.address) as process:
 
         def through_grpc(_: int) -> float:
             said = ask(process, work)

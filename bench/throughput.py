@@ -8,6 +8,7 @@ are reported. Only the time in which all rows decode counts, so reading prompts 
 physical limit, then what was measured; the last line is one JSON object. See bench/README.md.
 """
 
+import gc
 import json
 import tempfile
 import warnings
@@ -50,14 +51,24 @@ def run_shape(shape: str, plan: Plan, device: torch.device, dtype: torch.dtype, 
             measured[case] = run_case(case, bed, memory.bandwidth, plan.rounds)
             found = report.outcome(measured[case], bytes_per_step(bed.base, case.batch), absolute=device.type == "cuda")
             report.show(case, found)
+    free(device)
     return measured
+
+
+def free(device: torch.device) -> None:
+    """Gives memory of models that nobody has any more back to the device."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def run_stream(stream: Stream, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     """Seconds through gRPC and on the engine. Raises RuntimeError if the tokens were not the same."""
     work = drawn(CLIENTS, stream.prompt, stream.answer, skeleton(stream.shape, dtype).config.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
-        seconds, equal = serving.compare(shaped(stream.shape, device, dtype), Path(scratch), work, stream.rounds)
+        serving.write_base(shaped(stream.shape, device, dtype), Path(scratch))
+        seconds, equal = serving.compare(Path(scratch), device, work, stream.rounds)
     if not equal and dtype == torch.float32:
         raise RuntimeError("clients got other tokens than the engine gives in process")
     return seconds
