@@ -29,6 +29,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.exactness --quick
 	$(BIN)/python -m bench.swap --quick
 	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.throughput --quick
 
 # One environment for everything; made again when what it is made from changes.
 $(READY): pyproject.toml constraints.txt

@@ -1,7 +1,9 @@
 """The models that are measured, with random weights, and the one place where an AdapterManager is made."""
 
+import copy
+import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +12,61 @@ from transformers.utils import logging
 
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.undo_kinds import UndoKind
+
+# Shapes whose speed is measured: what LlamaConfig is called with.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 8192,
+    },
+    "mid": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 8192,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+}
+GAIN = 1.28
+"""Of a layer with random weights: with it answers vary; at transformers' own 0.02 most repeat one token."""
+
+
+def shaped(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama of one of `SHAPES` with random weights, drawn on `device`, that never ends an answer by itself."""
+    torch.manual_seed(0)
+    options = SHAPES[shape]
+    config = LlamaConfig(
+        **options,
+        max_position_embeddings=8192,
+        initializer_range=GAIN / math.sqrt(options["hidden_size"]),
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype=dtype,
+    )
+    with device:
+        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return placed(model, device, dtype)
+
+
+def shell(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Another model over the same tensors: what is done to its modules does not show on `model`'s."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors(model).values()})
 
 
 def llama(layers: int) -> LlamaForCausalLM:

@@ -23,7 +23,7 @@ from bench.adapters import ALL_LINEAR, write_adapter
 from bench.environment import describe
 from bench.models import llama, placed
 from bench.rounds import Timing, measure, ratio
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.runner import Piece, Runner
 from lorafold.model import pick_device, use_our_attention
 from lorafold_adapters import AdapterManager
@@ -55,7 +55,9 @@ def written_adapters(folder: Path, layers: int, rank: int) -> Iterator[tuple[str
 def pieces(batch: int, adapters: list[str]) -> list[Piece]:
     """One token of each of `batch` sequences."""
     turns = [adapters[row % len(adapters)] if adapters else None for row in range(batch)]
-    return [Piece(tokens=[7 + row], slot=row, past=CONTEXT, adapter=turns[row], samples=True) for row in range(batch)]
+    return [
+        Piece(tokens=[7 + row], pages=[row], past=CONTEXT, adapter=turns[row], samples=True) for row in range(batch)
+    ]
 
 
 def timing(runner: Runner, variant: Variant, batch: int) -> Timing:
@@ -121,7 +123,7 @@ def main() -> None:
         for name, folder in written_adapters(Path(scratch), layers, arguments.rank):
             manager.load(name, folder)
     batches = [int(batch) for batch in arguments.batches.split(",")]
-    runner = Runner(model, manager, SlotCache(slots=max(batches), length=CONTEXT + 1))
+    runner = Runner(model, manager, PagedCache(pages=max(batches), size=CONTEXT + 1))
     results = {}
     for batch in batches:
         results[str(batch)] = compare(runner, manager, batch, rounds)

@@ -1,6 +1,7 @@
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -36,6 +37,14 @@ class RunningServer:
     def stop(self, grace: float = 0.0) -> None:
         asyncio.run_coroutine_threadsafe(self.app.stop(grace), self.loop).result(timeout=60)
         self.client.close()
+
+
+def wait_until_idle(server: RunningServer) -> None:
+    """Returns when no row has a place any more; each look is a step of the engine's own."""
+    engine = server.app.parts.engine
+    until = time.monotonic() + 30
+    while engine.call(lambda: bool(engine._scheduler.rows)).result(30):
+        assert time.monotonic() < until, "rows were not freed"
 
 
 @contextmanager

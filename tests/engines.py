@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from lorafold.engine.attention_means import Means
 from lorafold.engine.emit import Vocabulary
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
+from lorafold.engine.pages import PagePool
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import Change, WeightsControl
@@ -19,17 +21,21 @@ from lorafold_adapters import AdapterManager
 from lorafold_adapters.policy import Mode, PolicyKind, TurnTaking
 from tests.models import tiny_llama
 
+PAGE = 16
+
 
 @dataclass
 class Collected:
     """The events of one request."""
 
+    completions: int = 1
     events: list[Event] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
-        if isinstance(event, Finished | Failed):
+        self.completions -= isinstance(event, Finished)
+        if self.completions == 0 or isinstance(event, Failed):
             self.done.set()
 
     @property
@@ -70,16 +76,19 @@ class Bench:
         *,
         slots: int = 8,
         length: int = 512,
+        pages: int | None = None,
         prefill: int = 64,
         turn: float = 0.01,
+        means: Means | None = None,
         load_base: Callable[[], nn.Module] = tiny_llama,
     ) -> None:
         use_our_attention(model)
         self.model = model
         self.manager = AdapterManager(model)
         self.recorder = Recorder()
-        self.runner = Runner(model, self.manager, SlotCache(slots=slots, length=length))
-        self.scheduler = Scheduler(slots=slots, max_waiting=1000, prefill_tokens=prefill)
+        pool = PagePool(pages=pages or 1 + slots * -(-length // PAGE), size=PAGE)
+        self.runner = Runner(model, self.manager, PagedCache(pages=pool.pages, size=PAGE), means)
+        self.scheduler = Scheduler(pool=pool, max_batch=slots, max_waiting=1000, prefill_tokens=prefill)
         self.engine = Engine(
             runner=self.runner,
             weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append, load_base),
@@ -116,6 +125,6 @@ class Bench:
                 **fields,
             }
         )
-        collected = Collected()
+        collected = Collected(request.n)
         self.engine.submit(request, collected)
         return collected

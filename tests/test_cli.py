@@ -95,6 +95,19 @@ def test_generate_as_json_says_what_answered(serve: Serve) -> None:
     assert (answer["mode"], answer["deployment"], answer["finish_reason"]) == ("merged", "upper", "end_of_sequence")
 
 
+def test_generate_takes_every_option(serve: Serve) -> None:
+    sampling = ("--temperature", "50", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.01", "--seed", "3")
+    penalties = ("--repetition-penalty", "1.1", "--presence-penalty", "0.5", "--frequency-penalty", "0.5")
+    ends = ("--stop", "zzzz", "--stop-token-id", "1", "--stop-token-id", "2", "--ignore-eos", "--max-tokens", "9")
+    command = ("generate", "some text", *sampling, *penalties, *ends, "-n", "3", "--address", serve.address)
+    done = lorafold(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(answer["index"], answer["seed"]) for answer in answers] == [(0, 3), (1, 3), (2, 3)]
+    assert len({answer["text"] for answer in answers}) == 3
+    assert lorafold(*command).stdout.splitlines() == [answer["text"] for answer in answers]
+
+
 def test_deployments_from_create_to_delete(serve: Serve) -> None:
     where = ("--address", serve.address)
     made = lorafold("deployments", "create", "it", "--adapter", str(DEMO / "rot13"), "--policy", "unmerged", *where)
@@ -152,6 +165,10 @@ def test_weights_by_hand(serve: Serve) -> None:
     [
         (["generate", "-d", "nobody", "x"], "no deployment is named 'nobody'"),
         (["generate", "x", "--temperature", "-1"], "spec.sampling.temperature"),
+        (["generate", "x", "--min-p", "7", "--temperature", "1"], "spec.sampling.min_p"),
+        (["generate", "x", "-n", "2"], "spec.n"),
+        (["generate", "x", "-n", "99", "--temperature", "1"], "spec.n"),
+        (["generate", "x", "--stop-token-id", "-4"], "spec.stop_token_ids"),
         (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
         (["generate", "x", "--max-tokens", "99999999999"], "--max-tokens"),
         (["generate", "x", "--timeout", "0"], "--timeout"),

@@ -15,7 +15,7 @@ from lorafold.client import Answer, AsyncClient, Client, ServerError
 from lorafold.demo.reference import Reference
 from lorafold.demo.tasks import ALPHABET, TASKS, held_out
 from lorafold.v1 import generation_pb2 as pb
-from tests.conftest import DEMO, POLICIES, RunningServer
+from tests.conftest import DEMO, POLICIES, RunningServer, wait_until_idle
 
 LONG = "".join(random.Random(1).choice(ALPHABET) for _ in range(380))
 
@@ -30,14 +30,6 @@ def metric(server: RunningServer, line: str) -> float:
             if found.startswith(line + " "):
                 return float(found.rpartition(" ")[2])
     return 0.0
-
-
-def wait_until_idle(server: RunningServer) -> None:
-    """Returns when no row has a place any more; each look is a step of the engine's own."""
-    engine = server.app.parts.engine
-    until = time.monotonic() + 30
-    while engine.call(lambda: bool(engine._scheduler.rows)).result(30):
-        assert time.monotonic() < until, "rows were not freed"
 
 
 @pytest.mark.parametrize("name", ["base", *POLICIES])

@@ -172,18 +172,18 @@ def test_a_model_whose_attention_we_do_not_know_is_refused() -> None:
 
 def test_a_window_that_only_the_mask_knows_limits_the_context() -> None:
     told = family("Mistral", "cpu")
-    assert use_our_attention(told) == {8}
+    assert use_our_attention(told).windows == {8}
     assert context_of(told, {8}) == SHAPE["max_position_embeddings"]
     config = transformers.Qwen2MoeConfig(
         **{**SHAPE, "num_experts": 4, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}
     )
     untold = transformers.Qwen2MoeForCausalLM(config).eval()
-    assert context_of(untold, use_our_attention(untold)) == 32
+    assert context_of(untold, use_our_attention(untold).windows) == 32
 
 
 def test_a_wrong_attention_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold.engine import attention
+    from lorafold.engine import attention_means
 
-    monkeypatch.setattr(attention, "visible", lambda place, position, window: place <= position + 1)
+    monkeypatch.setattr(attention_means, "visible", lambda place, position, window: place <= position + 1)
     with pytest.raises(ModelUnsupported, match="off by"):
         use_our_attention(family("Llama", "cpu"))

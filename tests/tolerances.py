@@ -21,3 +21,14 @@ QUANTISED = {
     "nf4-double": LOGITS,
     "int8": {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1},
 }
+
+# Largest difference of attention's output over the largest output: scores and weights in another order, and below fp32
+# the weights and the output rounded to the dtype, which the interpreter does by cutting off.
+ATTENTION = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+# Share of the probability that may lie in tokens that one nucleus has and another lacks: cumulative sums in fp32 over
+# thousands of tokens are off by some 2**-24 each.
+NUCLEUS = 1e-5
+
+# Standard deviations by which a chi-square statistic may exceed its expectation; seeds are fixed, so it never varies.
+CHI_SQUARE = 4.0

@@ -72,13 +72,17 @@ class EngineConfig(Section):
     """`[engine]`: what runs at once."""
 
     max_batch: Annotated[int, Field(gt=0)] = 32
-    """Sequences with a place in the cache."""
+    """Sequences that run at once."""
+    kv_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory for keys and values; unless given, a quarter of the host's free memory, or what a GPU has left."""
     max_context: Annotated[int, Field(gt=1)] = 4096
     """Tokens of prompt and answer together; less if the model has less."""
     max_queue: Annotated[int, Field(gt=0)] = 1024
-    """Requests that may wait for a place."""
-    prefill_tokens: Annotated[int, Field(gt=0)] = 1024
-    """Prompt tokens that one step reads at most."""
+    """Requests that may wait."""
+    prefill_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Tokens of one step at most while prompts are read: other answers wait for so long. Unless given, 128 on a CPU
+    and 1024 on a GPU.
+    """
     default_max_tokens: Annotated[int, Field(gt=0)] = 256
     """For requests that do not say."""
 

@@ -9,6 +9,7 @@ LorafoldError
 ├── DeploymentBusy          another call is changing this deployment now
 ├── EtagMismatch            the deployment was changed since the caller read it
 ├── QueueFull               too many requests wait
+├── KvFull                  the sequence can never fit the cache
 ├── DeadlineExceeded        the request's own deadline passed before it was done
 ├── ExportOff               this server writes no exports
 ├── StepFailed              the model failed on the batch the request was in
@@ -56,6 +57,10 @@ class EtagMismatch(LorafoldError):
 
 class QueueFull(LorafoldError):
     """Too many requests wait already."""
+
+
+class KvFull(LorafoldError):
+    """The cache of keys and values has no room for a sequence."""
 
 
 class DeadlineExceeded(LorafoldError):

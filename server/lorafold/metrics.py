@@ -76,7 +76,7 @@ class Metrics:
         self._first.labels(mode.value).observe(seconds)
 
     def request_ended(self, deployment: str, outcome: str) -> None:
-        """`outcome` is a finish reason, a gRPC status name, or `cancelled`."""
+        """`outcome` is the finish reason of the completion that ended last, a gRPC status name, or `cancelled`."""
         if deployment not in self._labelled and len(self._labelled) >= MAX_DEPLOYMENTS:
             deployment = "other"
         self._labelled.add(deployment)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import structlog
 import torch
 from torch import Tensor
 from transformers import (
@@ -20,12 +21,17 @@ from transformers import (
 
 from lorafold.config import BaseConfig
 from lorafold.engine import attention
+from lorafold.engine.attention_means import IN_PLACE, PLAIN
 from lorafold.engine.emit import Vocabulary
-from lorafold.engine.kv_cache import SlotCache, plan_step
+from lorafold.engine.kv_cache import PagedCache
+from lorafold.engine.linear import choose_linear
+from lorafold.engine.step import Part, plan_step
 from lorafold.errors import ModelUnsupported
 from lorafold_adapters.quantised import keep_as_loaded, quantised_modules
 
+log = structlog.get_logger(__name__)
 PROBE_TOKENS = 24
+PROBE_PAGE = 4
 # Largest difference of logits between two attention implementations, over the largest logit: some units in the last
 # place of the dtype, grown by the depth of the network.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -41,6 +47,8 @@ class LoadedBase:
     tokenizer: PreTrainedTokenizerBase
     context: int
     """Tokens the model can take."""
+    cache_bytes_per_token: int
+    """Keys and values of all layers."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -72,8 +80,15 @@ def load_base(config: BaseConfig, path: str) -> LoadedBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
         cast(torch.nn.Module, model).eval().requires_grad_(False)
         keep_as_loaded(model)
-    windows = use_our_attention(model)
-    return LoadedBase(model=model, tokenizer=tokenizer, context=context_of(model, windows))
+    found = use_our_attention(model)
+    if means := choose_linear(model):
+        log.info("linear layers", by_tokens=means)
+    return LoadedBase(
+        model=model,
+        tokenizer=tokenizer,
+        context=context_of(model, found.windows),
+        cache_bytes_per_token=found.cache_bytes_per_token,
+    )
 
 
 def load_model(config: BaseConfig, path: str) -> PreTrainedModel:
@@ -188,9 +203,18 @@ def context_of(model: PreTrainedModel, windows: set[int]) -> int:
     return int(min(limits))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What one prompt told about a model's attention."""
+
+    windows: set[int]
+    """The sizes of sliding windows that it hands on."""
+    cache_bytes_per_token: int
+
+
 @torch.inference_mode()
-def use_our_attention(model: PreTrainedModel) -> set[int]:
-    """Puts our attention into `model`, compares one prompt with the model's own; the window sizes that it was told.
+def use_our_attention(model: PreTrainedModel) -> Found:
+    """Puts our attention into `model` and compares one prompt with the model's own.
 
     Raises ModelUnsupported if the model has a part that our attention does not know.
     """
@@ -202,7 +226,8 @@ def use_our_attention(model: PreTrainedModel) -> set[int]:
         theirs = model(input_ids=ids[None], use_cache=False).logits[0]
         windows = attention.register_spy()
         model.set_attn_implementation(attention.SPY)
-        ours = probe(model, ids)
+        cache = PagedCache(pages=1 + PROBE_TOKENS // PROBE_PAGE, size=PROBE_PAGE)
+        ours = probe(model, ids, cache)
         model.set_attn_implementation(attention.NAME)
     except Exception as error:
         raise ModelUnsupported(f"{name} cannot be served: {first_line(error)}") from error
@@ -213,12 +238,13 @@ def use_our_attention(model: PreTrainedModel) -> set[int]:
             f"{name} cannot be served: with our attention its logits are off by {error_size:.2g} of their size; "
             "please report the model"
         )
-    return windows
+    return Found(windows=windows, cache_bytes_per_token=cache.nbytes // (cache.pages * cache.size))
 
 
-def probe(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
+def probe(model: PreTrainedModel, ids_T: Tensor, cache: PagedCache) -> Tensor:
     """Logits of a prompt read in two chunks and then two single tokens, through our attention."""
-    cache = SlotCache(slots=2, length=PROBE_TOKENS)
+    pages = range(cache.pages - 1, 0, -1)
+    means = IN_PLACE if ids_T.device.type == "cpu" else PLAIN
     logits = []
     for past, stop in (
         (0, 9),
@@ -226,7 +252,14 @@ def probe(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
         (PROBE_TOKENS - 2, PROBE_TOKENS - 1),
         (PROBE_TOKENS - 1, PROBE_TOKENS),
     ):
-        step = plan_step(cache, [(1, past, stop - past)], ids_T.device)
-        part = model(input_ids=ids_T[None, past:stop], position_ids=step.position_T[None], use_cache=False, step=step)
-        logits.append(part.logits[0])
+        part = Part(tokens=stop - past, past=past, pages=pages, decodes=stop - past == 1)
+        step = plan_step(cache, [part], ids_T.device, with_tables=means.tables)
+        out = model(
+            input_ids=ids_T[None, past:stop],
+            position_ids=step.position_T[None],
+            use_cache=False,
+            step=step,
+            means=means,
+        )
+        logits.append(out.logits[0])
     return torch.cat(logits)

@@ -3,18 +3,21 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from lorafold.config import Config, FoldConfig, fingerprint_folder, local_model_path
+from lorafold.config import Config, EngineConfig, FoldConfig, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.budget import PAGE_TOKENS, Wishes, pages_for, step_bytes
+from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
+from lorafold.engine.pages import PagePool
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
@@ -31,6 +34,7 @@ from lorafold_adapters.stand_ins import FoldOptions
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 SERVICES = (
     "lorafold.v1.GenerationService",
     "lorafold.v1.DeploymentService",
@@ -68,10 +72,11 @@ async def load_parts(config: Config, say: Say) -> Parts:
     loop = asyncio.get_running_loop()
     died: asyncio.Future[BaseException | None] = loop.create_future()
     limits = config.engine
-    cache = SlotCache(slots=limits.max_batch, length=min(limits.max_context, base.context))
-    runner = Runner(model, manager, cache)
+    pool = make_pool(config.engine, base)
+    runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
     await timed(say, "made the cache", runner.warm_up)
-    say(f"  {cache.slots} sequences of {cache.length} tokens, {cache.nbytes / 1e6:,.0f} MB")
+    say(f"  {pool.tokens:,} tokens, up to {pool.tokens * base.cache_bytes_per_token / 1e9:,.2f} GB")
+    base = replace(base, context=min(base.context, pool.tokens))
     health_servicer = health.aio.HealthServicer()
     engine = Engine(
         runner=runner,
@@ -81,7 +86,12 @@ async def load_parts(config: Config, say: Say) -> Parts:
             metrics.weights_changed,
             lambda: load_model(config.base, path),
         ),
-        scheduler=Scheduler(slots=limits.max_batch, max_waiting=limits.max_queue, prefill_tokens=limits.prefill_tokens),
+        scheduler=Scheduler(
+            pool=pool,
+            max_batch=limits.max_batch,
+            max_waiting=limits.max_queue,
+            prefill_tokens=prefill_tokens(limits, model.device),
+        ),
         vocabulary=base.vocabulary(),
         observer=metrics,
         on_death=lambda why: loop.call_soon_threadsafe(died.set_result, why),
@@ -99,6 +109,22 @@ async def load_parts(config: Config, say: Say) -> Parts:
         health=health_servicer,
         died=died,
     )
+
+
+def prefill_tokens(limits: EngineConfig, device: torch.device) -> int:
+    """Tokens of one step at most, as declared or as suits the device."""
+    return limits.prefill_tokens or PREFILL_TOKENS[device.type]
+
+
+def make_pool(limits: EngineConfig, base: LoadedBase) -> PagePool:
+    """The pages of the cache, within the memory that is declared or there."""
+    device = base.model.device
+    wishes = Wishes(
+        declared_gib=limits.kv_memory_gib, max_batch=limits.max_batch, context=min(limits.max_context, base.context)
+    )
+    step = step_bytes(base.model, min(prefill_tokens(limits, device), wishes.context))
+    pages = pages_for(wishes, base.cache_bytes_per_token, device, step)
+    return PagePool(pages=pages, size=PAGE_TOKENS, neighbours=device.type == "cpu")
 
 
 def attach(

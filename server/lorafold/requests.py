@@ -8,11 +8,12 @@ from lorafold_adapters.errors import LorafoldError
 from lorafold_adapters.policy import Mode, PolicyKind
 
 MAX_TOP_LOGPROBS = 20
+MAX_COMPLETIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is chosen: temperature, then top_k, then top_p, then a seeded draw."""
+    """How the next token is chosen: penalties, temperature, top_k, top_p, min_p, then a seeded draw."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -20,13 +21,26 @@ class Sampling:
     """0 is off."""
     top_p: float = 1.0
     """1 is off."""
+    min_p: float = 0.0
+    """0 is off."""
+    repetition_penalty: float = 1.0
+    """1 is off. Divides positive logits, and multiplies negative ones, of the tokens of prompt and answer."""
+    presence_penalty: float = 0.0
+    """0 is off. Subtracted from the logits of the answer's tokens."""
+    frequency_penalty: float = 0.0
+    """0 is off. Subtracted from the logit of a token once for each time it occurs in the answer."""
     seed: int = 0
-    """Of this request's own generator; not used when greedy."""
+    """Of this request's own draws; not used when greedy."""
 
     @property
     def greedy(self) -> bool:
         """True if no draw takes place."""
         return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """True if the tokens so far change the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +54,13 @@ class Request:
     policy: PolicyKind
     prompt: tuple[int, ...]
     max_tokens: int
+    n: int = 1
+    """Completions of the prompt, each with draws of its own."""
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer as an end-of-sequence token does."""
+    ignore_eos: bool = False
+    """True: an end-of-sequence token is a token like any other."""
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None
     """How many alternatives to report with each token; None: no log probabilities at all."""
@@ -55,12 +75,13 @@ class FinishReason(Enum):
 
     END_OF_SEQUENCE = "end_of_sequence"
     STOP_STRING = "stop_string"
+    STOP_TOKEN = "stop_token"
     LENGTH = "length"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log probability of a generated token and of the most likely ones, before temperature and cuts."""
+    """Log probability of a generated token and of the most likely ones, before penalties, temperature and cuts."""
 
     token_id: int
     logprob: float
@@ -90,6 +111,8 @@ class Timings:
 class Started:
     """The prompt has been read; the first token follows."""
 
+    index: int
+    """Of the completion; here and in every other event."""
     provenance: Provenance
     seconds: float
     """Since arrival."""
@@ -99,6 +122,7 @@ class Started:
 class Delta:
     """One more token. `text` is empty while a character is incomplete or a stop string possible."""
 
+    index: int
     text: str
     token_id: int
     logprobs: TokenLogprobs | None
@@ -106,12 +130,16 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The last event of a request that went well."""
+    """The last event of a completion that went well."""
 
+    index: int
     text: str
     """What was held back until the end was known."""
     reason: FinishReason
     stop: str
+    """The stop string that was met; else empty."""
+    stop_token: int | None
+    """The stop token that was met, if any."""
     completion_tokens: int
     timings: Timings
     provenance: Provenance
@@ -119,7 +147,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last event of a request that did not."""
+    """The last event of a completion that did not, and with it of its request."""
 
     error: LorafoldError
 

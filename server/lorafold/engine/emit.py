@@ -1,8 +1,9 @@
-"""What becomes of a chosen token: text, events, and the end of the request. No tensors."""
+"""What becomes of a chosen token: text, events, and the end of the completion. No tensors."""
 
 from dataclasses import dataclass
 
 from lorafold.engine.detokenize import Decode, TextStream
+from lorafold.engine.sampling import Pick
 from lorafold.engine.scheduler import Row
 from lorafold.requests import (
     Delta,
@@ -10,9 +11,9 @@ from lorafold.requests import (
     FinishReason,
     Provenance,
     Request,
+    Sink,
     Started,
     Timings,
-    TokenLogprobs,
 )
 
 
@@ -23,46 +24,64 @@ class Vocabulary:
     decode: Decode
     end_of_sequence: frozenset[int]
 
-    def text_stream(self, request: Request) -> TextStream:
-        """The text of the request's answer, empty yet."""
-        return TextStream(self.decode, request.prompt, request.stop)
+    def rows(self, request: Request, sink: Sink) -> list[Row]:
+        """One row for each completion of the request, with nothing generated yet; the first one leads the others."""
+        rows = [
+            Row(
+                request=request,
+                sink=sink,
+                text=TextStream(self.decode, request.prompt, request.stop),
+                index=index,
+                tokens=list(request.prompt),
+            )
+            for index in range(request.n)
+        ]
+        for row in rows[1:]:
+            row.leader = rows[0]
+        return rows
+
+    def ends(self, request: Request, token_id: int) -> FinishReason | None:
+        """Why a completion ends with this token, if it does."""
+        if token_id in self.end_of_sequence and not request.ignore_eos:
+            return FinishReason.END_OF_SEQUENCE
+        return FinishReason.STOP_TOKEN if token_id in request.stop_token_ids else None
 
 
-def token(
-    row: Row,
-    token_id: int | None,
-    logprobs: TokenLogprobs | None,
-    provenance: Provenance,
-    vocabulary: Vocabulary,
-    now: float,
-) -> bool:
-    """Adds a token to a row and tells its sink; True if the request is done.
+def token(row: Row, pick: Pick, provenance: Provenance, vocabulary: Vocabulary, now: float) -> bool:
+    """Adds a token to a row and tells its sink; True if the completion is done.
 
-    Raises ValueError if the model's logits were not numbers (`token_id` is None).
+    A token that ends it is among the ids of the answer, and not part of its text. Raises what choosing the token
+    raised, and ValueError if the model's logits were not numbers.
     """
-    if token_id is None:
-        raise ValueError("the model computed NaN")
+    if pick.fault is not None:
+        raise pick.fault
+    if pick.token is None:
+        raise ValueError("the model computed NaN or infinity")
     if not row.generated:
         row.first_token, row.swap_wait_before_first = now, row.swap_wait
-        row.sink(Started(provenance=provenance, seconds=now - row.request.arrived))
-    row.tokens.append(token_id)
-    ended = token_id in vocabulary.end_of_sequence
-    row.sink(Delta(text="" if ended else row.text.push(token_id), token_id=token_id, logprobs=logprobs))
+        row.sink(Started(index=row.index, provenance=provenance, seconds=now - row.request.arrived))
+    row.tokens.append(pick.token)
+    ended = vocabulary.ends(row.request, pick.token)
+    text = "" if ended else row.text.push(pick.token)
+    row.sink(Delta(index=row.index, text=text, token_id=pick.token, logprobs=pick.logprobs))
     if not ended and row.text.stopped_by is None and row.generated < row.request.max_tokens:
         return False
-    row.sink(finished(row, ended, provenance, now))
+    row.sink(finished(row, ended or FinishReason.LENGTH, provenance, now))
     return True
 
 
-def finished(row: Row, ended: bool, provenance: Provenance, now: float) -> Finished:
+def finished(row: Row, reason: FinishReason, provenance: Provenance, now: float) -> Finished:
     """The last event; a stop string may still turn up in text that was held back."""
     text = row.text.finish()
     stop = row.text.stopped_by
-    reason = FinishReason.END_OF_SEQUENCE if ended else FinishReason.LENGTH
+    if stop is not None:
+        reason = FinishReason.STOP_STRING
     return Finished(
+        index=row.index,
         text=text,
-        reason=FinishReason.STOP_STRING if stop is not None else reason,
+        reason=reason,
         stop=stop or "",
+        stop_token=row.tokens[-1] if reason is FinishReason.STOP_TOKEN else None,
         completion_tokens=row.generated,
         timings=timings(row, now),
         provenance=provenance,

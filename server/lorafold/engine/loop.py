@@ -3,7 +3,6 @@
 Everybody else puts requests and commands into the inbox, which is read between steps.
 """
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
 from lorafold.engine.observer import Observer, mode_of, observe
 from lorafold.engine.runner import Piece, Runner
-from lorafold.engine.sampling import Choice, choose, logprobs_of
+from lorafold.engine.sampling import sample
 from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import BaseReloading, DeadlineExceeded, EngineStopped, StepFailed
@@ -124,17 +123,12 @@ class Engine:
         try:
             if request.adapter is not None:
                 self.weights.require(request.adapter)
-            self._scheduler.add(
-                Row(
-                    request=request,
-                    sink=sink,
-                    text=self._vocabulary.text_stream(request),
-                    rng=random.Random(request.sampling.seed),
-                    tokens=list(request.prompt),
-                )
-            )
+            self._scheduler.add(*self._vocabulary.rows(request, sink))
         except LorafoldError as error:
             sink(Failed(error))
+        except Exception as error:
+            log.error("request not accepted", request=request.id, exc_info=True)
+            sink(Failed(StepFailed(f"the request could not be started ({error})")))
 
     def _cancel(self, request_id: str) -> None:
         for row in self._scheduler.rows:
@@ -167,7 +161,8 @@ class Engine:
                 self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
 
     def _tidy(self) -> None:
-        self._scheduler.check_integrity()
+        if not self._scheduler.rows:
+            self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running))
         self.weights.sweep({row.request.adapter for row in self._scheduler.rows if row.request.adapter is not None})
 
@@ -219,6 +214,7 @@ class Engine:
                 row, BaseReloading("the base was found damaged and is being loaded again: send the request again")
             )
         self.weights.recover()
+        self._scheduler.pool.forget()
         self._on_health(True)
 
     def _run(self, parts: list[Part], lane: Lane) -> None:
@@ -226,7 +222,7 @@ class Engine:
         pieces = [
             Piece(
                 tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
-                slot=part.row.slot,
+                pages=part.row.pages,
                 past=part.row.cached,
                 adapter=part.row.request.adapter if lane is None else None,
                 samples=part.samples,
@@ -236,21 +232,20 @@ class Engine:
         try:
             logits_SV = self._runner.run(pieces)
             sampling = [part.row for part in parts if part.samples]
-            for part in parts:
-                part.row.cached += part.tokens
+            read = [self._scheduler.ran(part) for part in parts]
             self._extend(sampling, logits_SV, lane)
         except torch.AcceleratorError:
             raise  # The device's context is lost, and with it every later step.
         except Exception as error:
             self._step_failed(parts, error)
             return
-        observe(self._observer, parts, lane, self.now() - start)
+        observe(self._observer, parts, read, lane, self.now() - start)
 
     def _step_failed(self, parts: list[Part], error: Exception) -> None:
         log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
         told: LorafoldError = StepFailed(f"the model failed on this batch ({error}): send the request again")
         if isinstance(error, torch.OutOfMemoryError):
-            told = DeviceFull("the device's memory is full: lower engine.max_batch or engine.prefill_tokens")
+            told = DeviceFull("the device's memory is full: lower engine.kv_memory_gib or engine.prefill_tokens")
         for part in parts:
             if part.row in self._scheduler.running:
                 self._fail(part.row, told)
@@ -259,14 +254,12 @@ class Engine:
         """Chooses the next token of each row; what goes wrong with one row ends that row alone."""
         if not rows:
             return
-        choices = [Choice(row.request.sampling, row.rng, row.request.logprobs) for row in rows]
-        tokens = choose(logits_SV, choices)
-        logprobs = logprobs_of(logits_SV, tokens, choices)
+        picks = sample(logits_SV, [row.sampling for row in rows]).read()
         generation = self.weights.state.generation
-        for row, token, reported in zip(rows, tokens, logprobs, strict=True):
+        for row, pick in zip(rows, picks, strict=True):
             provenance = Provenance(mode=mode_of(row, lane), generation=generation)
             try:
-                done = emit.token(row, token, reported, provenance, self._vocabulary, self.now())
+                done = emit.token(row, pick, provenance, self._vocabulary, self.now())
             except Exception as error:
                 log.error("request failed", request=row.request.id, exc_info=True)
                 self._fail(row, StepFailed(f"the answer could not be continued ({error}): send the request again"))

@@ -29,9 +29,12 @@ def mode_of(row: Row, lane: Lane) -> Mode:
     return Mode.UNMERGED if lane is None else Mode.MERGED
 
 
-def observe(observer: Observer, parts: list[Part], lane: Lane, seconds: float) -> None:
-    """Tells of one step. With any low-rank path in it, it is an unmerged one, whoever else was in the batch."""
+def observe(observer: Observer, parts: list[Part], read: list[int], lane: Lane, seconds: float) -> None:
+    """Tells of one step, in which each part read so many tokens of a prompt.
+
+    With any low-rank path in it, it is an unmerged one, whoever else was in the batch.
+    """
     modes = [mode_of(part.row, lane) for part in parts]
     observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
-    for part, mode in zip(parts, modes, strict=True):
-        observer.tokens(mode, prompt=0 if part.decodes else part.tokens, answer=int(part.samples))
+    for part, prompt, mode in zip(parts, read, modes, strict=True):
+        observer.tokens(mode, prompt=prompt, answer=int(part.samples))

@@ -1,47 +1,83 @@
-"""Waiting and running rows: who has a slot, and which tokens run next.
+"""Waiting and running rows: who has room in the cache, and which tokens run next.
 
-Pure Python: no tensors, no model. Slots are given in order of arrival, whichever lane a row is in, so that rows of
-a lane that waits for its turn are never overtaken by later ones.
+Pure Python: no tensors, no model. Rows start in the order of `FairQueue`, whichever lane they are in, so that rows of
+a lane that waits for its turn are never overtaken by later ones of their deployment. A row starts when its prompt fits
+the cache. If running rows outgrow it, the one that started last gives up its room and computes its tokens again later.
 """
 
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorafold.engine.detokenize import TextStream
-from lorafold.errors import QueueFull
+from lorafold.engine.fair_queue import FairQueue
+from lorafold.engine.pages import Holding, PagePool
+from lorafold.engine.sampling_state import SamplingState
+from lorafold.errors import KvFull, QueueFull
 from lorafold.requests import Request, Sink
 from lorafold_adapters.policy import Lane
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One request on its way through the engine."""
+    """One completion of a request on its way through the engine."""
 
     request: Request
     sink: Sink
     text: TextStream
-    rng: random.Random
+    index: int = 0
+    """Of the completion among those of its request."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer so far."""
-    slot: int = -1
+    leader: "Row | None" = None
+    """The row that reads the same prompt for this one."""
+    holding: Holding | None = None
+    """Its pages of the cache; None while it waits."""
     lane: Lane = None
     cached: int = 0
-    """Tokens whose keys and values are in the slot."""
+    """Tokens whose keys and values are in its pages."""
+    read: int = 0
+    """Prompt tokens that were computed or found."""
     admitted: float = 0.0
-    """When it got its slot; times are in seconds on the engine's clock."""
+    """When it first started; times are in seconds on the engine's clock."""
     first_token: float = 0.0
     """When its first token was chosen."""
     swap_wait: float = 0.0
-    """How long it had a slot while another lane ran."""
+    """How long it had started while another lane ran."""
     swap_wait_before_first: float = 0.0
     """The part of `swap_wait` before its first token."""
+    preempted: int = 0
+    """How often it gave up its room."""
+
+    ended: bool = False
+    """True once it was removed."""
+    sampling: SamplingState = field(init=False)
+    """What the choice of its next token depends on beside the logits."""
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.sampling = SamplingState(request.sampling, self.tokens, len(request.prompt), self.index, request.logprobs)
 
     @property
     def generated(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def at_most(self) -> int:
+        """Tokens that it can come to have."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """Of the cache, in order; only while it runs."""
+        assert self.holding is not None
+        return self.holding.pages
+
+    @property
+    def ready(self) -> bool:
+        """False while another row reads its prompt."""
+        return self.leader is None or bool(self.leader.generated) or self.leader.ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,88 +88,162 @@ class Part:
     tokens: int
     """How many, from `row.cached` on."""
     decodes: bool
-    """True if the token is one of the answer; else it is part of the prompt."""
+    """True if the token is the last one of the answer so far; else it is read, for the first time or again."""
     samples: bool
     """True if the step reaches the row's last token, so that the next one can be chosen."""
 
 
-class Scheduler:
-    """At most `slots` rows run, at most `max_waiting` wait."""
+def arrival(row: Row) -> tuple[float, int]:
+    """What a queue is ordered by."""
+    return row.request.arrived, row.index
 
-    def __init__(self, *, slots: int, max_waiting: int, prefill_tokens: int) -> None:
-        self._slots = slots
-        self._free = list(range(slots))[::-1]
+
+class Scheduler:
+    """At most `max_batch` rows run, at most `max_waiting` wait."""
+
+    def __init__(self, *, pool: PagePool, max_batch: int, max_waiting: int, prefill_tokens: int) -> None:
+        """`prefill_tokens`: how many tokens a step runs at most, those that decode included, which all run."""
+        self.pool = pool
+        self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
-        self._waiting: deque[Row] = deque()
-        self._running: dict[str, Row] = {}
+        self._waiting = FairQueue()
+        self._running: dict[Row, None] = {}
+        self.preemptions = 0
+        """How often a row gave up its room."""
 
     @property
     def waiting(self) -> int:
-        """Rows without a slot."""
+        """Rows without room."""
         return len(self._waiting)
 
     @property
     def running(self) -> tuple[Row, ...]:
-        """Rows with a slot, whether or not it is their lane's turn."""
-        return tuple(self._running.values())
+        """Rows with room, in the order in which they started, whether or not it is their lane's turn."""
+        return tuple(self._running)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows."""
-        return (*self._running.values(), *self._waiting)
+        return (*self._running, *self._waiting)
 
     def lanes(self) -> dict[Lane, int]:
-        """Rows with a slot, by lane."""
-        return dict(Counter(row.lane for row in self._running.values()))
+        """Running rows by lane."""
+        return dict(Counter(row.lane for row in self._running))
 
-    def add(self, row: Row) -> None:
-        """Puts a row at the end of the queue. Raises QueueFull."""
-        if len(self._waiting) >= self._max_waiting:
+    def add(self, *rows: Row) -> None:
+        """Puts rows at the end of their queues, all or none. Raises QueueFull, or KvFull for what can never run."""
+        if len(self._waiting) + len(rows) > self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
-        self._waiting.append(row)
+        longest = max(row.at_most for row in rows)
+        if longest > self.pool.tokens:
+            raise KvFull(
+                f"prompt and answer may have {longest} tokens, the cache has room for {self.pool.tokens}: ask for "
+                "fewer, or raise engine.kv_memory_gib"
+            )
+        for row in rows:
+            self._waiting.push(row)
 
     def admit(self, lane_of: Callable[[Row], Lane], now: float, *, held: str | None = None) -> None:
-        """Gives free slots to the rows that waited longest; a row's lane is chosen then.
+        """Starts the rows that should be next, as far as there is room; a row's lane is chosen then.
 
-        While an adapter is `held`, only its rows get slots: others could not run and would keep its own out.
+        While an adapter is `held`, only its rows start: others could not run and would keep its own out.
         """
-        for row in list(self._waiting) if self._free else []:
-            if not self._free:
-                break
-            lane = lane_of(row)
-            if held is None or lane == held:
-                self._waiting.remove(row)
-                row.slot, row.admitted, row.lane = self._free.pop(), now, lane
-                self._running[row.request.id] = row
+        while len(self._running) < self._max_batch:
+            row = self._next(lane_of, held)
+            if row is None or not self._start(row):
+                return
+            self._waiting.remove(row)
+            row.admitted = row.admitted or now
+            row.lane = lane_of(row)
+            self._running[row] = None
+
+    def _next(self, lane_of: Callable[[Row], Lane], held: str | None) -> Row | None:
+        for row in self._waiting:
+            if row.ready and (held is None or lane_of(row) == held):
+                return row
+        return None
+
+    def _start(self, row: Row) -> bool:
+        """Gives a row its pages if they are there, and one more for each running row to grow."""
+        holding = self.pool.start(row.request.adapter, row.tokens)
+        wanted = self.pool.pages_for(len(row.tokens)) - len(holding.pages)
+        if self._running and wanted + len(self._running) > self.pool.available:
+            self.pool.release(holding)
+            return False
+        self.pool.grow(holding, len(row.tokens), at_most=row.at_most)
+        row.holding, row.cached = holding, holding.sealed * self.pool.size
+        return True
 
     def requeue(self, rows: Iterable[Row]) -> None:
-        """Puts rows that have not run yet back at the head of the queue, in order of arrival, and frees their slots."""
-        back = sorted((row for row in rows if not row.cached), key=lambda row: row.request.arrived, reverse=True)
+        """Puts rows that have not run yet back at the head of their queues, and frees their room."""
+        back = sorted((row for row in rows if not row.read), key=arrival, reverse=True)
         for row in back:
-            del self._running[row.request.id]
-            self._free.append(row.slot)
-            self._waiting.appendleft(row)
+            self._back(row)
+
+    def _back(self, row: Row) -> None:
+        self._free(row)
+        self._waiting.push_front(row)
+
+    def _free(self, row: Row) -> None:
+        del self._running[row]
+        assert row.holding is not None
+        self.pool.release(row.holding)
+        row.holding, row.cached = None, 0
 
     def remove(self, row: Row) -> None:
-        """Forgets a row, wherever it is, and frees its slot."""
-        if self._running.pop(row.request.id, None) is None:
-            self._waiting.remove(row)
+        """Forgets a row, wherever it is, and frees its room."""
+        row.ended = True
+        if row in self._running:
+            self._free(row)
         else:
-            self._free.append(row.slot)
+            self._waiting.remove(row)
 
     def schedule(self, lane: Lane) -> list[Part]:
-        """One step of the lane's rows: a token for each that decodes, then prompts, up to the budget of tokens."""
-        rows = [row for row in self._running.values() if row.lane == lane]
-        parts = [Part(row, 1, decodes=True, samples=True) for row in rows if row.generated]
-        budget = self._prefill_tokens
-        for row in rows:
-            if not row.generated and budget:
+        """One step of the lane's rows: a token for each that decodes, then what is to be read, up to the budget."""
+        decoding = [row for row in self.running if row.lane == lane and decodes(row)]
+        for row in decoding:
+            self._make_room(row)
+        parts = [Part(row, 1, decodes=True, samples=True) for row in decoding if row in self._running]
+        budget = max(self._prefill_tokens - len(parts), self.pool.size)
+        for row in self.running:
+            if row.lane == lane and not decodes(row) and budget:
                 tokens = min(len(row.tokens) - row.cached, budget)
                 parts.append(Part(row, tokens, decodes=False, samples=row.cached + tokens == len(row.tokens)))
                 budget -= tokens
         return parts
 
+    def _make_room(self, row: Row) -> None:
+        """Makes room for the row's tokens; the rows that started last, itself perhaps, give theirs up for it."""
+        while row in self._running:
+            assert row.holding is not None
+            try:
+                self.pool.grow(row.holding, len(row.tokens), at_most=row.at_most)
+            except KvFull:
+                last = next(reversed(self._running))
+                last.preempted += 1
+                self.preemptions += 1
+                self._back(last)
+            else:
+                return
+
+    def ran(self, part: Part) -> int:
+        """Notes that a part ran; returns how many prompt tokens that were never read before it read."""
+        row = part.row
+        assert row.holding is not None
+        row.cached += part.tokens
+        self.pool.seal(row.holding, row.tokens, row.cached)
+        self._waiting.charge(row.request.deployment, part.tokens)
+        fresh = max(0, min(row.cached, len(row.request.prompt)) - row.read)
+        row.read += fresh
+        return fresh
+
     def check_integrity(self) -> None:
-        """Every slot is either free or one row's."""
-        assert sorted([*self._free, *(row.slot for row in self._running.values())]) == list(range(self._slots))
+        """Running rows hold exactly the pages that are in use, and waiting ones none."""
+        self.pool.check_integrity([row.holding for row in self._running if row.holding is not None])
+        assert all(row.holding is not None for row in self._running)
+
+
+def decodes(row: Row) -> bool:
+    """True if only the last token of the answer so far is to be run."""
+    return row.generated > 0 and row.cached == len(row.tokens) - 1

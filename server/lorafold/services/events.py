@@ -1,8 +1,21 @@
 """Engine events as messages of `lorafold.v1`."""
 
+from collections.abc import Iterator
+
 from google.protobuf.duration_pb2 import Duration
 
-from lorafold.requests import Delta, Finished, FinishReason, Provenance, Request, Started, Timings, TokenLogprobs
+from lorafold.requests import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Provenance,
+    Request,
+    Started,
+    Timings,
+    TokenLogprobs,
+)
 from lorafold.v1 import generation_pb2 as pb
 from lorafold_adapters.policy import Mode
 
@@ -10,12 +23,38 @@ MODES = {Mode.BASE: pb.MODE_BASE, Mode.MERGED: pb.MODE_MERGED, Mode.UNMERGED: pb
 REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 
 
+def messages(request: Request, event: Event) -> Iterator[pb.StreamGenerateResponse]:
+    """What a stream says of one event. Raises the error of a failure."""
+    if isinstance(event, Failed):
+        raise event.error
+    if isinstance(event, Started):
+        yield pb.StreamGenerateResponse(index=event.index, started=started(request, event))
+    elif isinstance(event, Delta):
+        yield pb.StreamGenerateResponse(index=event.index, delta=delta(event))
+    else:
+        if event.text:
+            yield pb.StreamGenerateResponse(index=event.index, delta=pb.Delta(text=event.text))
+        yield pb.StreamGenerateResponse(index=event.index, finished=finished(request, event))
+
+
+def add(completion: pb.Completion, message: pb.StreamGenerateResponse) -> None:
+    """One message of a stream as part of the whole completion."""
+    if message.HasField("started"):
+        completion.started.CopyFrom(message.started)
+    elif message.HasField("finished"):
+        completion.finished.CopyFrom(message.finished)
+    completion.text += message.delta.text
+    completion.token_ids.extend(message.delta.token_ids)
+    completion.logprobs.extend(message.delta.logprobs)
+
+
 def started(request: Request, event: Started) -> pb.Started:
-    """The first message of an answer."""
+    """The first message of a completion."""
     return pb.Started(
         request_id=request.id,
         prompt_tokens=len(request.prompt),
@@ -34,10 +73,11 @@ def delta(event: Delta) -> pb.Delta:
 
 
 def finished(request: Request, event: Finished) -> pb.Finished:
-    """The last message of an answer."""
+    """The last message of a completion."""
     return pb.Finished(
         reason=REASONS[event.reason],
         stop=event.stop,
+        stop_token_id=event.stop_token,
         completion_tokens=event.completion_tokens,
         timings=timings(event.timings),
         answered_by=answered_by(request, event.provenance),

@@ -12,7 +12,7 @@ from lorafold.config import BASE
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.metrics import Metrics
-from lorafold.requests import Delta, Event, Failed, Finished, Request, Started
+from lorafold.requests import Event, Finished, Request, Started
 from lorafold.services import events
 from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.prompts import RequestBuilder
@@ -36,58 +36,47 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """The whole answer at once."""
         response = pb.GenerateResponse()
-        async with translated(context), aclosing(self._events(request, context)) as answer:
-            async for asked, event in answer:
-                if isinstance(event, Started):
-                    response.started.CopyFrom(events.started(asked, event))
-                elif isinstance(event, Delta):
-                    part = events.delta(event)
-                    response.text += part.text
-                    response.token_ids.extend(part.token_ids)
-                    response.logprobs.extend(part.logprobs)
-                elif isinstance(event, Finished):
-                    response.text += event.text
-                    response.finished.CopyFrom(events.finished(asked, event))
+        async with translated(context), aclosing(self._messages(request, context)) as answer:
+            async for message in answer:
+                while len(response.completions) <= message.index:
+                    response.completions.add(index=len(response.completions))
+                events.add(response.completions[message.index], message)
         return response
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         """The answer as it is decoded."""
-        async with translated(context), aclosing(self._events(request, context)) as answer:
-            async for asked, event in answer:
-                if isinstance(event, Started):
-                    yield pb.StreamGenerateResponse(started=events.started(asked, event))
-                elif isinstance(event, Delta):
-                    yield pb.StreamGenerateResponse(delta=events.delta(event))
-                elif isinstance(event, Finished):
-                    if event.text:
-                        yield pb.StreamGenerateResponse(delta=pb.Delta(text=event.text))
-                    yield pb.StreamGenerateResponse(finished=events.finished(asked, event))
+        async with translated(context), aclosing(self._messages(request, context)) as answer:
+            async for message in answer:
+                yield message
 
-    async def _events(
+    async def _messages(
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, context: Context
-    ) -> AsyncGenerator[tuple[Request, Event], None]:
-        """Submits the request and yields its events; leaving early, for whatever reason, cancels it."""
-        name, outcome = "unknown", "cancelled"
+    ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
+        """Submits the request and yields its messages; leaving before all completions ended, however, cancels them."""
+        name, outcome, left = "unknown", "cancelled", 0
         request_id = uuid.uuid4().hex
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         try:
             request = await self._request(message, request_id, context)
-            name = request.deployment
+            name, left = request.deployment, request.n
             self._engine.submit(request, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event))
-            async for event in until_last(inbox):
-                if isinstance(event, Started):
+            while left:
+                event = await inbox.get()
+                if isinstance(event, Started) and event.index == 0:
                     self._metrics.first_token(event.provenance.mode, event.seconds)
                 if isinstance(event, Finished):
-                    outcome = event.reason.value
-                yield request, event
+                    left -= 1
+                    outcome = outcome if left else event.reason.value
+                for part in events.messages(request, event):
+                    yield part
         except LorafoldError as error:
             outcome = code_and_reason(error)[1].lower()
             raise
         finally:
-            if outcome == "cancelled":
+            if left:
                 self._engine.cancel(request_id)
             self._metrics.request_ended(name, outcome)
 
@@ -104,14 +93,3 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._builder.build(
             message.spec, request_id, prompt, target, self._engine.now(), context.time_remaining()
         )
-
-
-async def until_last(inbox: "asyncio.Queue[Event]") -> AsyncIterator[Event]:
-    """The events of one request. Raises the error of a failed one."""
-    while True:
-        event = await inbox.get()
-        if isinstance(event, Failed):
-            raise event.error
-        yield event
-        if isinstance(event, Finished):
-            return

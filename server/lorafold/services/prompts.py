@@ -3,8 +3,6 @@ before it costs anything.
 """
 
 import asyncio
-import math
-import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,11 +10,9 @@ from lorafold.config import EngineConfig
 from lorafold.deployments import Target
 from lorafold.errors import InvalidField
 from lorafold.model import LoadedBase
-from lorafold.requests import MAX_TOP_LOGPROBS, Request, Sampling
+from lorafold.requests import Request
+from lorafold.services.options import check_options, completions, logprobs, sampling, stop_strings, stop_token_ids
 from lorafold.v1 import generation_pb2 as pb
-
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
 
 
 class RequestBuilder:
@@ -47,7 +43,10 @@ class RequestBuilder:
             policy=target.policy,
             prompt=tuple(prompt),
             max_tokens=self._max_tokens(spec, len(prompt)),
+            n=completions(spec),
             stop=stop_strings(spec),
+            stop_token_ids=stop_token_ids(spec, self._base.vocabulary_size),
+            ignore_eos=spec.ignore_eos,
             sampling=sampling(spec),
             logprobs=logprobs(spec),
             arrived=now,
@@ -72,7 +71,7 @@ class RequestBuilder:
 
         Tokenises in a thread of its own: the event loop goes on, and no two threads use the tokenizer's settings.
         """
-        check_options(spec)
+        check_options(spec, self._base.vocabulary_size)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._tokens, spec)
 
     def _tokens(self, spec: pb.GenerationSpec) -> list[int]:
@@ -136,54 +135,3 @@ class RequestBuilder:
                 f"is {spec.max_tokens}, but {prompt} prompt tokens leave {room} of {self.context}: ask for less",
             )
         return spec.max_tokens
-
-
-def check_options(spec: pb.GenerationSpec) -> None:
-    """Everything about a request but its prompt. Raises InvalidField."""
-    sampling(spec)
-    stop_strings(spec)
-    logprobs(spec)
-    if spec.HasField("max_tokens") and spec.max_tokens == 0:
-        raise InvalidField("spec.max_tokens", "is 0: ask for at least one token, or leave it out")
-
-
-def sampling(spec: pb.GenerationSpec) -> Sampling:
-    """Raises InvalidField."""
-    given = spec.sampling
-    temperature = given.temperature if given.HasField("temperature") else 0.0
-    if not (math.isfinite(temperature) and 0.0 <= temperature <= 100.0):
-        raise InvalidField("spec.sampling.temperature", f"is {temperature:g}: give 0 (greedy) to 100")
-    top_p = given.top_p if given.HasField("top_p") else 1.0
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidField("spec.sampling.top_p", f"is {top_p:g}: give more than 0 and at most 1")
-    if not given.HasField("temperature"):
-        for name in ("top_k", "top_p", "seed"):
-            if given.HasField(name):
-                raise InvalidField(
-                    f"spec.sampling.{name}", "has no effect without a temperature: set one, or 0 for greedy"
-                )
-    if temperature == 0.0:
-        return Sampling()
-    seed = given.seed if given.HasField("seed") else secrets.randbits(63)
-    return Sampling(temperature=temperature, top_k=given.top_k, top_p=top_p, seed=seed)
-
-
-def stop_strings(spec: pb.GenerationSpec) -> tuple[str, ...]:
-    """Raises InvalidField."""
-    if len(spec.stop) > MAX_STOP_STRINGS:
-        raise InvalidField("spec.stop", f"has {len(spec.stop)} strings: give at most {MAX_STOP_STRINGS}")
-    for stop in spec.stop:
-        if not 0 < len(stop) <= MAX_STOP_LENGTH:
-            raise InvalidField(
-                "spec.stop", f"has a string of {len(stop)} characters: 1 to {MAX_STOP_LENGTH} are possible"
-            )
-    return tuple(spec.stop)
-
-
-def logprobs(spec: pb.GenerationSpec) -> int | None:
-    """Raises InvalidField."""
-    if not spec.HasField("logprobs"):
-        return None
-    if spec.logprobs > MAX_TOP_LOGPROBS:
-        raise InvalidField("spec.logprobs", f"is {spec.logprobs}: give at most {MAX_TOP_LOGPROBS}")
-    return spec.logprobs

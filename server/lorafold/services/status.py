@@ -29,6 +29,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.DeploymentBusy, grpc.StatusCode.ABORTED, "DEPLOYMENT_BUSY"),
     (server.EtagMismatch, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
     (server.QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (server.KvFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "KV_FULL"),
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (server.ExportOff, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_FOLDER_UNSET"),
     (server.EngineStopped, grpc.StatusCode.UNAVAILABLE, "DRAINING"),

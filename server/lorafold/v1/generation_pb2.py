@@ -25,45 +25,47 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafold/v1/generation.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"<\n\x0fGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.GenerationSpec\"\xb1\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.lorafold.v1.TokenLogprobs\x12%\n\x07started\x18\x04 \x01(\x0b\x32\x14.lorafold.v1.Started\x12\'\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.lorafold.v1.Finished\"B\n\x15StreamGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.GenerationSpec\"\x9a\x01\n\x16StreamGenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.lorafold.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.lorafold.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.lorafold.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x82\x02\n\x0eGenerationSpec\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12*\n\x08messages\x18\x04 \x03(\x0b\x32\x18.lorafold.v1.ChatMessage\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.lorafold.v1.Sampling\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x02\x88\x01\x01\x42\x07\n\x05_textB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x8c\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"p\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12,\n\x0b\x61nswered_by\x18\x04 \x01(\x0b\x32\x17.lorafold.v1.AnsweredBy\"V\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.lorafold.v1.TokenLogprobs\"\xb3\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.lorafold.v1.FinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.lorafold.v1.Timings\x12,\n\x0b\x61nswered_by\x18\x05 \x01(\x0b\x32\x17.lorafold.v1.AnsweredBy\"m\n\nAnsweredBy\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.lorafold.v1.Mode\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"\xb8\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tswap_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"Z\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.lorafold.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01*O\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_BASE\x10\x01\x12\x0f\n\x0bMODE_MERGED\x10\x02\x12\x11\n\rMODE_UNMERGED\x10\x03*\x89\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x46INISH_REASON_END_OF_SEQUENCE\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xb9\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.lorafold.v1.GenerateRequest\x1a\x1d.lorafold.v1.GenerateResponse\x12[\n\x0eStreamGenerate\x12\".lorafold.v1.StreamGenerateRequest\x1a#.lorafold.v1.StreamGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafold/v1/generation.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"<\n\x0fGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.GenerationSpec\"@\n\x10GenerateResponse\x12,\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x17.lorafold.v1.Completion\"\xba\x01\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.lorafold.v1.TokenLogprobs\x12%\n\x07started\x18\x05 \x01(\x0b\x32\x14.lorafold.v1.Started\x12\'\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x15.lorafold.v1.Finished\"B\n\x15StreamGenerateRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.GenerationSpec\"\xa9\x01\n\x16StreamGenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.lorafold.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.lorafold.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.lorafold.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xc4\x02\n\x0eGenerationSpec\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12*\n\x08messages\x18\x04 \x03(\x0b\x32\x18.lorafold.v1.ChatMessage\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.lorafold.v1.Sampling\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\t \x03(\x03\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x0e\n\x01n\x18\x0b \x01(\rH\x03\x88\x01\x01\x42\x07\n\x05_textB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"p\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12,\n\x0b\x61nswered_by\x18\x04 \x01(\x0b\x32\x17.lorafold.v1.AnsweredBy\"V\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.lorafold.v1.TokenLogprobs\"\xe1\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.lorafold.v1.FinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.lorafold.v1.Timings\x12,\n\x0b\x61nswered_by\x18\x05 \x01(\x0b\x32\x17.lorafold.v1.AnsweredBy\x12\x1a\n\rstop_token_id\x18\x06 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"m\n\nAnsweredBy\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.lorafold.v1.Mode\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"\xb8\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tswap_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"Z\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.lorafold.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01*O\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_BASE\x10\x01\x12\x0f\n\x0bMODE_MERGED\x10\x02\x12\x11\n\rMODE_UNMERGED\x10\x03*\xa7\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x46INISH_REASON_END_OF_SEQUENCE\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x04\x32\xb9\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.lorafold.v1.GenerateRequest\x1a\x1d.lorafold.v1.GenerateResponse\x12[\n\x0eStreamGenerate\x12\".lorafold.v1.StreamGenerateRequest\x1a#.lorafold.v1.StreamGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafold.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1819
-  _globals['_MODE']._serialized_end=1898
-  _globals['_FINISHREASON']._serialized_start=1901
-  _globals['_FINISHREASON']._serialized_end=2038
+  _globals['_MODE']._serialized_start=2213
+  _globals['_MODE']._serialized_end=2292
+  _globals['_FINISHREASON']._serialized_start=2295
+  _globals['_FINISHREASON']._serialized_end=2462
   _globals['_GENERATEREQUEST']._serialized_start=77
   _globals['_GENERATEREQUEST']._serialized_end=137
-  _globals['_GENERATERESPONSE']._serialized_start=140
-  _globals['_GENERATERESPONSE']._serialized_end=317
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=319
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=385
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=388
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=542
-  _globals['_GENERATIONSPEC']._serialized_start=545
-  _globals['_GENERATIONSPEC']._serialized_end=803
-  _globals['_CHATMESSAGE']._serialized_start=805
-  _globals['_CHATMESSAGE']._serialized_end=849
-  _globals['_SAMPLING']._serialized_start=852
-  _globals['_SAMPLING']._serialized_end=992
-  _globals['_STARTED']._serialized_start=994
-  _globals['_STARTED']._serialized_end=1106
-  _globals['_DELTA']._serialized_start=1108
-  _globals['_DELTA']._serialized_end=1194
-  _globals['_FINISHED']._serialized_start=1197
-  _globals['_FINISHED']._serialized_end=1376
-  _globals['_ANSWEREDBY']._serialized_start=1378
-  _globals['_ANSWEREDBY']._serialized_end=1487
-  _globals['_TIMINGS']._serialized_start=1490
-  _globals['_TIMINGS']._serialized_end=1674
-  _globals['_TOKENLOGPROBS']._serialized_start=1676
-  _globals['_TOKENLOGPROBS']._serialized_end=1766
-  _globals['_TOKENLOGPROB']._serialized_start=1768
-  _globals['_TOKENLOGPROB']._serialized_end=1817
-  _globals['_GENERATIONSERVICE']._serialized_start=2041
-  _globals['_GENERATIONSERVICE']._serialized_end=2226
+  _globals['_GENERATERESPONSE']._serialized_start=139
+  _globals['_GENERATERESPONSE']._serialized_end=203
+  _globals['_COMPLETION']._serialized_start=206
+  _globals['_COMPLETION']._serialized_end=392
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=394
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=460
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=463
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=632
+  _globals['_GENERATIONSPEC']._serialized_start=635
+  _globals['_GENERATIONSPEC']._serialized_end=959
+  _globals['_CHATMESSAGE']._serialized_start=961
+  _globals['_CHATMESSAGE']._serialized_end=1005
+  _globals['_SAMPLING']._serialized_start=1008
+  _globals['_SAMPLING']._serialized_end=1340
+  _globals['_STARTED']._serialized_start=1342
+  _globals['_STARTED']._serialized_end=1454
+  _globals['_DELTA']._serialized_start=1456
+  _globals['_DELTA']._serialized_end=1542
+  _globals['_FINISHED']._serialized_start=1545
+  _globals['_FINISHED']._serialized_end=1770
+  _globals['_ANSWEREDBY']._serialized_start=1772
+  _globals['_ANSWEREDBY']._serialized_end=1881
+  _globals['_TIMINGS']._serialized_start=1884
+  _globals['_TIMINGS']._serialized_end=2068
+  _globals['_TOKENLOGPROBS']._serialized_start=2070
+  _globals['_TOKENLOGPROBS']._serialized_end=2160
+  _globals['_TOKENLOGPROB']._serialized_start=2162
+  _globals['_TOKENLOGPROB']._serialized_end=2211
+  _globals['_GENERATIONSERVICE']._serialized_start=2465
+  _globals['_GENERATIONSERVICE']._serialized_end=2650
 # @@protoc_insertion_point(module_scope)

@@ -52,14 +52,15 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Runs one request to its end and returns the whole answer.
+        """Runs one request to its end and returns all its completions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Runs one request and sends its text as it is decoded: `started`, then any number of `delta`, then `finished`.
+        """Runs one request and sends its text as it is decoded: for each completion `started`, then any number of `delta`,
+        then `finished`. Those of several completions are interleaved; the stream ends after the last `finished`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,11 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Runs one request to its end and returns the whole answer."""
+    """Runs one request to its end and returns all its completions."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]
-    """Runs one request and sends its text as it is decoded: `started`, then any number of `delta`, then `finished`."""
+    """Runs one request and sends its text as it is decoded: for each completion `started`, then any number of `delta`,
+    then `finished`. Those of several completions are interleaved; the stream ends after the last `finished`.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -44,9 +46,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Runs one request to its end and returns the whole answer."""
+    """Runs one request to its end and returns all its completions."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Runs one request and sends its text as it is decoded: `started`, then any number of `delta`, then `finished`."""
+    """Runs one request and sends its text as it is decoded: for each completion `started`, then any number of `delta`,
+    then `finished`. Those of several completions are interleaved; the stream ends after the last `finished`.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs prompts on the base model or on a deployment of an adapter."""
@@ -57,7 +61,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
-        """Runs one request to its end and returns the whole answer."""
+        """Runs one request to its end and returns all its completions."""
 
     @_abc_1.abstractmethod
     def StreamGenerate(
@@ -65,6 +69,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.StreamGenerateResponse], _abc.AsyncIterator[_generation_pb2.StreamGenerateResponse]]:
-        """Runs one request and sends its text as it is decoded: `started`, then any number of `delta`, then `finished`."""
+        """Runs one request and sends its text as it is decoded: for each completion `started`, then any number of `delta`,
+        then `finished`. Those of several completions are interleaved; the stream ends after the last `finished`.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,115 @@
+"""By which means the linear layers of a model on a CPU are computed: each is measured on the model's own weights.
+
+For a few tokens torch hands a linear layer to a BLAS that is made for large matrices, and reads the weights far slower
+than memory delivers them. oneDNN, which torch brings along, does better on the same tensors, unpacked and in place, so
+folding needs to know nothing of it. Only fp32: for other dtypes torch takes oneDNN by itself.
+"""
+
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Means = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Takes inputs [..., I], weight [O, I] and bias [O]; returns [..., O]."""
+SIZES = (1, 2, 4, 8, 16, 32, 128)
+"""Tokens for which the means are compared; what is between takes the next larger one's."""
+ROUNDS = 3
+SAMPLE_BYTES = 2**28
+"""Weights that are measured: more than caches hold, as when a whole model runs."""
+CLEARLY = 0.95
+"""Share of torch's own time that another means must stay below."""
+
+
+def onednn(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """oneDNN on weights as they are."""
+    outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight_OI, bias_O, "none", [], "")
+    return outputs
+
+
+MEANS: Mapping[str, Means] = {"torch": F.linear, "onednn": onednn}
+
+
+class MeasuredLinear(nn.Linear):
+    """`nn.Linear`, computed by the means that is fastest for the number of tokens. Made by swapping the class."""
+
+    lorafold_means: tuple[Means, ...]
+    """For each of `SIZES`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """See `nn.Linear`."""
+        size = bisect_left(SIZES, inputs.numel() // self.in_features)
+        if size == len(SIZES):
+            return F.linear(inputs, self.weight, self.bias)
+        return self.lorafold_means[size](inputs, self.weight, self.bias)
+
+
+@torch.inference_mode()
+def choose_linear(model: nn.Module) -> dict[int, str]:
+    """Measures, and makes the model's linear layers use what is fastest; says which, by number of tokens.
+
+    Nothing is changed, and nothing returned, where there is no choice: on a GPU, or for other dtypes than fp32.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and on_cpu(module.weight)]
+    if not layers:
+        return {}
+    measured = sample(layers)
+    chosen = {size: fastest(measured, size) for size in SIZES}
+    if set(chosen.values()) != {"torch"}:
+        for layer in layers:
+            layer.__class__ = MeasuredLinear
+            cast(MeasuredLinear, layer).lorafold_means = tuple(MEANS[chosen[size]] for size in SIZES)
+    return chosen
+
+
+def on_cpu(weight_OI: Tensor) -> bool:
+    """True if the weight is one of those that the means are for."""
+    return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+
+
+def sample(layers: list[nn.Linear]) -> list[nn.Linear]:
+    """The first layers, up to `SAMPLE_BYTES`."""
+    before = accumulate((layer.weight.nbytes for layer in layers), initial=0)
+    return [layer for layer, passed in zip(layers, before, strict=False) if passed < SAMPLE_BYTES]
+
+
+def fastest(layers: list[nn.Linear], tokens: int) -> str:
+    """The name of the means that takes least time for all of `layers`."""
+    inputs = {layer.in_features: torch.randn(tokens, layer.in_features) for layer in layers}
+    work = [(inputs[layer.in_features], layer) for layer in layers]
+    seconds = {name: statistics.median(timings(means, work)) for name, means in usable(work).items()}
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] < CLEARLY * seconds["torch"] else "torch"
+
+
+def usable(work: list[tuple[Tensor, nn.Linear]]) -> dict[str, Means]:
+    """The means that work here and compute what torch's own does."""
+    found: dict[str, Means] = {}
+    for name, means in MEANS.items():
+        try:
+            close = all(
+                torch.allclose(means(inputs, layer.weight, layer.bias), layer(inputs), rtol=1e-3, atol=1e-3)
+                for inputs, layer in work
+            )
+        except (RuntimeError, AttributeError):
+            continue
+        if close:
+            found[name] = means
+    return found
+
+
+def timings(means: Means, work: list[tuple[Tensor, nn.Linear]]) -> list[float]:
+    """Seconds of each round."""
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for inputs, layer in work:
+            means(inputs, layer.weight, layer.bias)
+        seconds.append(time.perf_counter() - start)
+    return seconds

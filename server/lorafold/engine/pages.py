@@ -1,0 +1,192 @@
+"""Which pages of the cache belong to whom, and which hold a prefix that a later sequence may share.
+
+Pure Python: no tensors. A full page is known by its adapter's digest and every token up to its end, so keys and values
+are only ever shared by sequences that would compute the very same ones. Pages of sequences that ended stay until their
+room is needed, the longest unused first.
+
+A sequence gets neighbouring pages where it can: the room it may grow into is promised to it, and taken from it only
+when nothing else is left. That costs nothing, and lets attention on a CPU read a sequence as one piece.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorafold.errors import KvFull
+
+TAKEN, FREE, PROMISED = 0, 1, 2
+Key = tuple[int, tuple[int, ...]]
+"""What was known of the page before, and the page's tokens."""
+SCRATCH = 0
+"""The page that is nobody's: rows that only pad a batch write here."""
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """The pages of one sequence, in order."""
+
+    adapter: str
+    pages: list[int] = field(default_factory=list)
+    promised_until: int = 0
+    """One past the last page that the sequence may grow into in one piece."""
+    node: int = 0
+    """What `PagePool` knows the last sealed page by; 0: none is sealed."""
+    sealed: int = 0
+    """Pages from the first whose content is settled and known to the pool."""
+
+
+class PagePool:
+    """Hands out pages 1 to `pages` - 1, each of `size` tokens."""
+
+    def __init__(self, *, pages: int, size: int, neighbours: bool = True) -> None:
+        """`neighbours`: sequences get neighbouring pages, at the cost of prefixes that have been unused for long."""
+        self.pages = pages
+        self.size = size
+        self._neighbours = neighbours
+        self._state = bytearray([TAKEN] + [FREE] * (pages - 1))
+        self._users = [0] * pages
+        self._roots: dict[str, int] = {}
+        self._nodes: dict[Key, tuple[int, int]] = {}
+        """Node and page."""
+        self._keys: dict[int, Key] = {}
+        """The key under which a page is found."""
+        self._unused: OrderedDict[int, None] = OrderedDict()
+        """Pages that nobody uses but a later sequence may, the longest unused first."""
+        self._last_node = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens one sequence could have alone."""
+        return (self.pages - 1) * self.size
+
+    @property
+    def available(self) -> int:
+        """Pages that can be had now."""
+        return self.pages - 1 - self.used
+
+    @property
+    def used(self) -> int:
+        """Pages that sequences hold."""
+        return self._state.count(TAKEN) - 1 - len(self._unused)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
+        return -(-tokens // self.size)
+
+    def start(self, adapter: str | None, tokens: Sequence[int]) -> Holding:
+        """A new sequence, with the pages of its longest known prefix that leaves a token to compute."""
+        holding = Holding(adapter or "")
+        node = self._roots.get(holding.adapter, 0)
+        for end in range(self.size, len(tokens), self.size):
+            found = self._nodes.get((node, tuple(tokens[end - self.size : end])))
+            if found is None:
+                break
+            node, page = found
+            self._use(page)
+            holding.pages.append(page)
+            holding.node, holding.sealed = node, holding.sealed + 1
+        return holding
+
+    def known(self, adapter: str | None, tokens: Sequence[int]) -> int:
+        """Pages that `start` would find."""
+        holding = self.start(adapter, tokens)
+        self.release(holding)
+        return len(holding.pages)
+
+    def grow(self, holding: Holding, tokens: int, *, at_most: int) -> None:
+        """Makes room for `tokens` tokens in all; the sequence may come to have `at_most`. Raises KvFull."""
+        wanted = self.pages_for(tokens) - len(holding.pages)
+        if wanted > self.available:
+            raise KvFull(f"{wanted} pages of the cache are wanted, {self.available} are left")
+        for _ in range(wanted):
+            holding.pages.append(self._next(holding, self.pages_for(at_most) - len(holding.pages)))
+
+    def seal(self, holding: Holding, tokens: Sequence[int], cached: int) -> None:
+        """Makes the full pages known whose tokens are all computed, `cached` of `tokens`."""
+        while (holding.sealed + 1) * self.size <= cached:
+            part = tuple(tokens[holding.sealed * self.size : (holding.sealed + 1) * self.size])
+            if not holding.sealed:
+                holding.node = self._root(holding.adapter)
+            key = (holding.node, part)
+            if key not in self._nodes:
+                self._last_node += 1
+                page = holding.pages[holding.sealed]
+                self._nodes[key] = (self._last_node, page)
+                self._keys[page] = key
+            holding.node = self._nodes[key][0]
+            holding.sealed += 1
+
+    def release(self, holding: Holding) -> None:
+        """Gives the pages back; the caller forgets the holding."""
+        for page in reversed(holding.pages):
+            self._users[page] -= 1
+            if not self._users[page]:
+                if page in self._keys:
+                    self._unused[page] = None
+                else:
+                    self._state[page] = FREE
+        if holding.pages:
+            for page in range(holding.pages[-1] + 1, holding.promised_until):
+                if self._state[page] == PROMISED:
+                    self._state[page] = FREE
+
+    def forget(self) -> None:
+        """Forgets every prefix: what the pages hold may be wrong. Sequences that run keep theirs."""
+        for page in self._unused:
+            self._state[page] = FREE
+        self._unused.clear()
+        self._nodes.clear()
+        self._keys.clear()
+        self._roots.clear()
+
+    def _next(self, holding: Holding, further: int) -> int:
+        """A page for the end of a sequence that may grow by `further` pages, this one included."""
+        page = holding.pages[-1] + 1 if holding.pages else self.pages
+        if not (page < self.pages and self._state[page] in (FREE, PROMISED if page < holding.promised_until else FREE)):
+            page = self._run(holding, max(1, further) if self._neighbours else 1)
+        self._state[page] = TAKEN
+        self._use(page)
+        return page
+
+    def _run(self, holding: Holding, wanted: int) -> int:
+        """The first page of the longest piece of up to `wanted` that can be had; the rest of it is promised."""
+        while self._unused and self._state.count(FREE) < wanted:
+            self._evict()
+        while wanted:
+            page = self._state.find(bytes([FREE]) * wanted)
+            if page >= 0:
+                holding.promised_until = page + wanted
+                self._state[page : page + wanted] = bytes([PROMISED]) * wanted
+                return page
+            wanted //= 2
+        holding.promised_until = 0
+        page = self._state.rfind(bytes([PROMISED]))
+        assert page > 0, "the caller has checked that there is a page"
+        return page
+
+    def _evict(self) -> None:
+        page, _ = self._unused.popitem(last=False)
+        del self._nodes[self._keys.pop(page)]
+        self._state[page] = FREE
+
+    def _use(self, page: int) -> None:
+        self._users[page] += 1
+        self._unused.pop(page, None)
+
+    def _root(self, adapter: str) -> int:
+        if adapter not in self._roots:
+            self._last_node += 1
+            self._roots[adapter] = self._last_node
+        return self._roots[adapter]
+
+    def check_integrity(self, holdings: Sequence[Holding]) -> None:
+        """Every page is free, promised, kept for later, or in use by just those who say so."""
+        users = [0] * self.pages
+        for holding in holdings:
+            for page in holding.pages:
+                users[page] += 1
+        assert users == self._users
+        taken = {page for page, state in enumerate(self._state) if state == TAKEN}
+        used = {page for page, count in enumerate(users) if count}
+        assert taken == {SCRATCH} | used | set(self._unused)
+        assert not used & set(self._unused)
