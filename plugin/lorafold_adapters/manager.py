@@ -32,12 +32,14 @@ from lorafold_adapters.fold import State, Weights
 from lorafold_adapters.gate import MAX_DELTA_ERROR, FoldGate
 from lorafold_adapters.identity import Fingerprint, cast_digest, tensor_digest
 from lorafold_adapters.identity import fingerprint as fingerprint_of
+from lorafold_adapters.kernels import Kernels
 from lorafold_adapters.merged import Merged
 from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.quantised import dequantised, keep_as_loaded, quantised_modules, take_over
 from lorafold_adapters.router import STACK_BYTES, Router
 from lorafold_adapters.routes import route_of, unrouted, with_routes
 from lorafold_adapters.stand_ins import ByStorage, FoldOptions, Provenance, StandIns
+from lorafold_adapters.static_routing import StaticRouting
 from lorafold_adapters.undo import Undo
 from lorafold_adapters.undo_kinds import UndoKind, make_undo
 from lorafold_adapters.updates import Pristine, Route
@@ -80,17 +82,19 @@ class AdapterManager:
         max_delta_error: float = MAX_DELTA_ERROR,
         quantised: FoldOptions | None = None,
         stack_bytes: int = STACK_BYTES,
+        kernels: Kernels | None = None,
     ) -> None:
         """Takes the model as it is now for the base.
 
         `quantised`: how to fold where the base is quantised. `stack_bytes`: memory for copies of the adapters that
-        share a batch of few tokens each; beyond it they run one by one.
+        share a batch of few tokens each; beyond it they run one by one. `kernels`: for such batches, in place of what
+        the device has.
         `undo`: how the base is kept; see `undo.make_undo`. `source`: the folder of the base's safetensors files, which
         is the one that the model was loaded from unless given. `fingerprint`: of the base, if it is known already.
         """
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
-        self._router = Router(model, model.get_output_embeddings(), stack_bytes)
+        self._router = Router(model, model.get_output_embeddings(), stack_bytes=stack_bytes, kernels=kernels)
         keep_as_loaded(model)
         self._quantised = quantised_modules(model)
         self._fold_options = quantised or FoldOptions()
@@ -249,14 +253,22 @@ class AdapterManager:
         if not body:
             raise RoutingMismatch("no rows were routed: name an adapter, or None, for each")
         self._refuse_while_routed()
-        self._refuse_dirty()
-        if self._in_weights() is not None:
-            raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() before routing rows")
-        for name in {*body, *(head or ())} - {None}:
-            if (refusal := self._known(str(name)).route_refusal) is not None:
-                raise AdapterUnsupported(f"adapter '{name}' cannot be routed: {refusal}; fold it")
+        self._refuse_unroutable({name for name in (*body, *(head or ())) if name is not None})
         with self._router.routed(body, head):
             yield
+
+    def static_routing(self, capacity: int, max_rank: int | None = None) -> StaticRouting:
+        """A routing of up to `capacity` rows that a CUDA graph can capture; it goes on as adapters come and go.
+
+        It covers the modules that the adapters loaded now change, and ranks up to `max_rank`, which is the largest one
+        now unless given. Siblings that share an input share work if a forward inside `routed` has shown them before.
+        Raises AdapterNotLoaded if no adapter has a low-rank product.
+        """
+        return self._router.static(capacity, max_rank, self._refuse_unroutable)
+
+    def graphable(self, adapters: Sequence[str | None]) -> bool:
+        """True if all of them are nothing but low-rank products: others run inside `routed` only."""
+        return all(self._router.graphable(str(name)) for name in {*adapters} - {None})
 
     def reload(self, fresh: nn.Module) -> None:
         """Makes the weights what `fresh`, the same base newly loaded, holds. Raises BaseCorrupt if that differs too.
@@ -352,6 +364,14 @@ class AdapterManager:
             raise BaseCorrupt(
                 "the weights are neither the base's nor an adapter's: unmerge_adapter() or reload() first"
             )
+
+    def _refuse_unroutable(self, names: set[str]) -> None:
+        self._refuse_dirty()
+        if self._in_weights() is not None:
+            raise AdapterInUse(f"adapter '{self._folded}' is folded: call unmerge_adapter() before routing rows")
+        for name in names:
+            if (refusal := self._known(name).route_refusal) is not None:
+                raise AdapterUnsupported(f"adapter '{name}' cannot be routed: {refusal}; fold it")
 
     def _refuse_while_routed(self) -> None:
         if self._router.active:

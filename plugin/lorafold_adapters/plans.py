@@ -1,25 +1,13 @@
 """What every site does for one composition of the batch; made once, and used for as long as the composition lasts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lorafold_adapters.layout import Layout
+from lorafold_adapters.grouped import Grouped, Parts
 from lorafold_adapters.paths import LowRankPath
-from lorafold_adapters.sharing import Shared, Shrink, Sightings
+from lorafold_adapters.sharing import Shared, Sightings
 from lorafold_adapters.spans import Routing, Spans
-from lorafold_adapters.stacks import Stacks
-from lorafold_adapters.steps import (
-    Batch,
-    EagerStep,
-    Expand,
-    Other,
-    Part,
-    SpanExpand,
-    SpanShrink,
-    StackExpand,
-    StackShrink,
-    Work,
-)
+from lorafold_adapters.steps import Batch, EagerStep, Expand, Other, Part, SpanExpand, SpanShrink, Work
 from lorafold_adapters.two_path import Family, Site, Step
 
 
@@ -43,23 +31,8 @@ class Plan:
             shared.forget()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stacked:
-    """Which adapters are stacked, and where their tokens are."""
-
-    stacks: Stacks
-    body: Layout
-    head: Layout | None
-    """None where none of their tokens gets there."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The adapters."""
-        return frozenset(self.stacks.slots)
-
-
 def plan(
-    routing: Routing, families: Iterable[Family], stacked: Stacked | None, batch: Batch, sightings: Sightings
+    routing: Routing, families: Iterable[Family], grouped: Grouped | None, batch: Batch, sightings: Sightings
 ) -> Plan:
     """The steps of all sites that an adapter of the batch changes."""
     steps: list[tuple[Site, Step]] = []
@@ -68,25 +41,25 @@ def plan(
         is_head = family.sites[0].is_head
         spans = routing.head if is_head else routing.body
         rowwise = works(family, spans, None, is_head)
-        grouped: Mapping[int, Work] = {} if stacked is None else works(family, spans, stacked, is_head)
+        together = {} if grouped is None else works(family, spans, grouped, is_head)
         for place, work in rowwise.items():
-            site, other = family.sites[place], grouped.get(place)
+            site, other = family.sites[place], together.get(place)
             step = EagerStep(
-                site=site, batch=batch, sightings=sightings, units=spans.units, rowwise=work, stacked=other
+                site=site, batch=batch, sightings=sightings, units=spans.units, rowwise=work, grouped=other
             )
             steps.append((site, step))
             shared += [one.shared for one in (work, other) if one is not None and one.shared is not None]
     return Plan(steps=tuple(steps), shared=tuple(dict.fromkeys(shared)))
 
 
-def works(family: Family, spans: Spans, stacked: Stacked | None, is_head: bool) -> dict[int, Work]:
+def works(family: Family, spans: Spans, grouped: Grouped | None, is_head: bool) -> dict[int, Work]:
     """By place in the family, what its site does; places without work are left out."""
-    columns: list[tuple[Shrink, dict[int, Expand]]] = []
+    columns: list[Parts] = []
     done: frozenset[str] = frozenset()
-    layout = None if stacked is None else stacked.head if is_head else stacked.body
-    if stacked is not None and layout is not None and any(name in family.products for name in stacked.names):
-        columns.append(stack_parts(family, stacked.stacks, layout))
-        done = stacked.names
+    parts = grouped.parts(family, is_head=is_head) if grouped and adapts(family, grouped.names) else None
+    if grouped is not None and parts is not None:
+        columns.append(parts)
+        done = grouped.names
     columns += [
         span_parts(family, span.adapter, Part.of(span, spans.units))
         for span in spans.spans
@@ -102,7 +75,12 @@ def works(family: Family, spans: Spans, stacked: Stacked | None, is_head: bool) 
     return result
 
 
-def span_parts(family: Family, name: str, part: Part) -> tuple[Shrink, dict[int, Expand]]:
+def adapts(family: Family, names: Iterable[str]) -> bool:
+    """True if one of the adapters is a low-rank product at one of the family's sites."""
+    return any(name in family.products for name in names)
+
+
+def span_parts(family: Family, name: str, part: Part) -> Parts:
     """One adapter's products, on one span."""
     columns = family.columns[name]
     expands: dict[int, Expand] = {
@@ -110,13 +88,6 @@ def span_parts(family: Family, name: str, part: Part) -> tuple[Shrink, dict[int,
         for place, path in family.low_rank(name).items()
     }
     return SpanShrink(part, family.products[name]), expands
-
-
-def stack_parts(family: Family, stacks: Stacks, layout: Layout) -> tuple[Shrink, dict[int, Expand]]:
-    """All stacked adapters' products."""
-    stack = stacks.of(family)
-    expands: dict[int, Expand] = {place: StackExpand(layout, factors) for place, factors in stack.factors.items()}
-    return StackShrink(layout, stack.a_GIR[: layout.slots]), expands
 
 
 def others_of(site: Site, spans: Spans) -> tuple[Other, ...]:

@@ -3,21 +3,24 @@
 Knows nothing of folding. Not thread-safe, like the manager that it serves.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from lorafold_adapters.errors import RoutingMismatch
-from lorafold_adapters.layout import Layout
+from lorafold_adapters.errors import AdapterNotLoaded, RoutingMismatch
+from lorafold_adapters.kernels import Kernels, kernels_for
 from lorafold_adapters.paths import AdapterPath
-from lorafold_adapters.plans import Plan, Stacked, plan
+from lorafold_adapters.plans import Plan, plan
 from lorafold_adapters.sharing import Sightings
-from lorafold_adapters.spans import Routing, Span, Spans
-from lorafold_adapters.stacks import Stacks, stackable
+from lorafold_adapters.spans import Routing
+from lorafold_adapters.static_routing import StaticRouting
 from lorafold_adapters.steps import Batch
+from lorafold_adapters.together import Together
 from lorafold_adapters.two_path import Family, Site, install, uninstall
 
 PLANS = 8
@@ -29,41 +32,50 @@ STACK_BYTES = 1 << 30
 class Router:
     """The adapters beside the weights of one model."""
 
-    def __init__(self, model: nn.Module, head: nn.Module | None, stack_bytes: int) -> None:
+    def __init__(
+        self, model: nn.Module, head: nn.Module | None, *, stack_bytes: int, kernels: Kernels | None = None
+    ) -> None:
+        """`kernels` for batches of many adapters; by the device unless given, and stacks where it has none."""
         self._model = model
         self._head = head
         self._sites: dict[nn.Module, Site] = {}
-        self._ranks: dict[str, int] = {}
-        self._stacks = Stacks(stack_bytes)
+        device = next(model.parameters()).device
+        self._together = Together(self._sites, kernels or kernels_for(device), stack_bytes, device)
+        self._statics: WeakSet[StaticRouting] = WeakSet()
         self._plans: dict[Routing, Plan] = {}
         self._batch = Batch()
         self._sightings = Sightings()
-        self.active = False
+
+    @property
+    def active(self) -> bool:
         """True inside `routed`."""
+        return self._batch.active
 
     @property
     def stack_bytes(self) -> int:
         """Memory that copies for the mixed batch take now."""
-        return self._stacks.nbytes
+        return self._together.stacks.nbytes
 
     def add(self, name: str, paths: Mapping[nn.Module, AdapterPath]) -> None:
         """Makes an adapter known, by what it does to which modules."""
         for module, path in paths.items():
             self._sites[module] = site = install(module, is_head=module is self._head)
             site.paths[name] = path
-        families = {id(self._sites[module].family): self._sites[module].family for module in paths}
-        for family in families.values():
+        families = dict.fromkeys(self._sites[module].family for module in paths)
+        for family in families:
             family.gather(name)
-        ranks = [path.rank for family in families.values() for path in family.low_rank(name).values()]
-        self._ranks[name] = max(ranks, default=0)
         self._plans.clear()
+        at_home = {module: self._sites[module].paths[name] for module in paths}
+        self._together.add(name, at_home)
+        for static in self._statics:
+            static.add(name, at_home)
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
         self._plans.clear()
-        if name in self._stacks.slots:
-            self._stacks.clear()
-        del self._ranks[name]
+        self._together.drop(name)
+        for static in self._statics:
+            static.drop(name)
         for module, site in list(self._sites.items()):
             if site.paths.pop(name, None) is not None:
                 site.family.forget(name)
@@ -74,63 +86,52 @@ class Router:
     @contextmanager
     def routed(self, body: Sequence[str | None], head: Sequence[str | None] | None) -> Iterator[None]:
         """Inside, the model runs the rows with these adapters."""
-        steps = self._plan(routing_of(body, head))
+        steps = self._plan(Routing.of(body, head))
         guard = partial(refuse_other_sizes, self._batch, len(body))
         hook = self._model.register_forward_pre_hook(guard, with_kwargs=True)
-        self.active = True
+        self._batch.active = True
         try:
             steps.enter()
             yield
         finally:
             steps.leave()
             hook.remove()
-            self.active, self._batch.tokens = False, None
+            self._batch.active, self._batch.tokens = False, None
             if self._sightings.learn():
-                self._forget_compositions()
+                self._plans.clear()
+                self._together.clear()
 
-    def _forget_compositions(self) -> None:
-        self._plans.clear()
-        self._stacks.clear()
+    def static(self, capacity: int, max_rank: int | None, check: Callable[[set[str]], None]) -> StaticRouting:
+        """See `AdapterManager.static_routing`."""
+        with torch.inference_mode(False):
+            groups = self._together.new_groups(max_rank)
+            if not groups.groups:
+                raise AdapterNotLoaded("no adapter with low-rank products is loaded: load() one first")
+            made = StaticRouting(groups, self._batch, self._head, check, capacity)
+        self._statics.add(made)
+        return made
+
+    def graphable(self, name: str) -> bool:
+        """True if an adapter is nothing but low-rank products."""
+        return self._together.ranks.get(name) is not None
 
     def _plan(self, routing: Routing) -> Plan:
         known = self._plans.pop(routing, None)
         if known is None:
-            stacked = self._stacked(routing)
-            known = plan(routing, self._families(routing), stacked, self._batch, self._sightings)
+            with torch.inference_mode(False), torch.no_grad():  # Plans outlive the mode in which they are made.
+                together, moved = self._together.of(routing)
+                if moved:
+                    self._plans.clear()
+                known = plan(routing, self._families(routing), together, self._batch, self._sightings)
             while len(self._plans) >= PLANS:
                 del self._plans[next(iter(self._plans))]
         self._plans[routing] = known
         return known
 
-    def _stacked(self, routing: Routing) -> Stacked | None:
-        body, head = routing.body.units_of(), routing.head.units_of()
-        names = stackable(self._ranks, {name: len(units) for name, units in body.items()})
-        if not names:
-            return None
-        if set(names) != set(self._stacks.slots):
-            self._plans.clear()  # They use the stacks as they were.
-            if not self._stacks.arrange(names, self._families(routing)):
-                return None
-        slots, device = self._stacks.slots, next(self._model.parameters()).device
-        at_head = not head.keys().isdisjoint(slots)
-        head_layout = Layout(slots, head, device) if at_head else None
-        return Stacked(stacks=self._stacks, body=Layout(slots, body, device), head=head_layout)
-
     def _families(self, routing: Routing) -> list[Family]:
         names = {*routing.body.names, *routing.head.names}
         touched = [site.family for site in self._sites.values() if not names.isdisjoint(site.paths)]
         return list(dict.fromkeys(touched))
-
-
-def routing_of(body: Sequence[str | None], head: Sequence[str | None] | None) -> Routing:
-    """The spans; where one adapter has every unit, any number of them is one, so that one plan does for all."""
-    spans = one_unit(Spans.of(body))
-    return Routing(body=spans, head=spans if head is None else one_unit(Spans.of(head)))
-
-
-def one_unit(spans: Spans) -> Spans:
-    """The spans, or one of one unit where an adapter has them all."""
-    return Spans(units=1, spans=(Span(0, 1, spans.spans[0].adapter),)) if spans.whole else spans
 
 
 def refuse_other_sizes(

@@ -1,8 +1,10 @@
 """Which part of a batch has which adapter, as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,13 @@ class Spans:
             units[span.adapter].extend(range(span.start, span.stop))
         return units
 
+    def numbered(self, numbers: Mapping[str, int], device: torch.device) -> torch.Tensor:
+        """For each unit the number of its adapter, int32; -1 where it has none."""
+        number_N = torch.full((self.units,), -1, dtype=torch.int32)
+        for span in self.spans:
+            number_N[span.start : span.stop] = numbers.get(span.adapter, -1)
+        return number_N.to(device)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
@@ -56,3 +65,14 @@ class Routing:
 
     body: Spans
     head: Spans
+
+    @classmethod
+    def of(cls, body: Sequence[str | None], head: Sequence[str | None] | None = None) -> "Routing":
+        """The spans; where one adapter has every unit, any number of them is one, so that one plan does for all."""
+        spans = one_unit(Spans.of(body))
+        return cls(body=spans, head=spans if head is None else one_unit(Spans.of(head)))
+
+
+def one_unit(spans: Spans) -> Spans:
+    """The spans, or one of one unit where an adapter has them all."""
+    return Spans(units=1, spans=(Span(0, 1, spans.spans[0].adapter),)) if spans.whole else spans

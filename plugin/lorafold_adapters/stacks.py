@@ -109,9 +109,7 @@ class Stacks:
             self.clear()
             return False
         try:
-            # Tensors made in inference mode could not be used outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._arrange(names, needed)
+            self._arrange(names, needed)
         except BaseException:
             self.clear()
             raise

@@ -31,6 +31,8 @@ class Batch:
 
     tokens: int | None = None
     """None until it is known."""
+    active: bool = False
+    """True while rows are routed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +158,7 @@ class EagerStep:
     units: int
     rowwise: Work
     """For any number of tokens per unit."""
-    stacked: Work | None
+    grouped: Work | None
     """For one token per unit, if that is another way."""
 
     def forward(self, inputs: Tensor, /, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +172,7 @@ class EagerStep:
             self.refuse(outputs_NO.shape[0])
         if not self.site.is_head:
             self.sightings.saw(inputs, self.site)
-        work = self.rowwise if self.stacked is None or tokens_per_unit != 1 else self.stacked
+        work = self.rowwise if self.grouped is None or tokens_per_unit != 1 else self.grouped
         work(inputs, outputs_NO, tokens_per_unit)
         return outputs
 

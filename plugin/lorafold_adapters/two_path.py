@@ -93,7 +93,8 @@ class Family:
         if len(paths) == 1:
             joined_IR = next(iter(paths.values())).a_IR
         else:
-            joined_IR = laid_out(torch.cat([path.a_IR.T for path in paths.values()]))
+            with torch.inference_mode(False):  # The tensors outlive the mode in which they are made.
+                joined_IR = laid_out(torch.cat([path.a_IR.T for path in paths.values()]))
         columns, stop = {}, 0
         for index, path in paths.items():
             start, stop = stop, stop + path.rank
@@ -109,11 +110,14 @@ class Family:
 
 def merged(families: Iterable[Family]) -> Family:
     """One family of all the sites."""
-    family = Family([site for part in families for site in part.sites])
+    parts = list(families)
+    family = Family([site for part in parts for site in part.sites])
     for site in family.sites:
         site.family = family
     for name in dict.fromkeys(name for site in family.sites for name in site.paths):
         family.gather(name)
+        for part in parts:
+            part.forget(name)
     return family
 
 
