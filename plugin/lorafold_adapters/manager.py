@@ -119,6 +119,11 @@ class AdapterManager:
         """Content of the base as it was when the manager was made."""
         return self._fingerprint
 
+    @property
+    def quantised(self) -> bool:
+        """True if some of the base's weights are: then folds put other tensors in front of them."""
+        return bool(self._quantised)
+
     def base_as(self, dtype: str) -> str:
         """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight.
 

@@ -26,6 +26,7 @@ class GraphedDecode:
         self._routing: StaticRouting | None = None
         self._eager: set[str] = set()
         """Adapters that no graph can serve."""
+        self._ran_eagerly = False
 
     def warm_up(self) -> None:
         """Records the graphs of the bare model."""
@@ -37,6 +38,9 @@ class GraphedDecode:
             return None
         if not any(adapters):
             return self._graphs.run(ids, parts, BARE)
+        if not self._ran_eagerly:  # Which layers share an input shows when they run.
+            self._ran_eagerly = True
+            return None
         routing = self._routing_for(adapters)
         if routing is None:
             return None
@@ -44,22 +48,19 @@ class GraphedDecode:
         return self._graphs.run(ids, parts, routing, routing.routed)
 
     def _routing_for(self, adapters: Sequence[str | None]) -> StaticRouting | None:
-        """The static routing that covers the adapters: the one there is, or a new one, whose graphs are yet to record."""
+        """The static routing that covers the adapters: the one there is, or a new one without graphs yet."""
         if self._routing is not None and self._routing.covers(adapters):
             return self._routing
+        if not self._manager.graphable(adapters):
+            self._eager |= {name for name in adapters if name is not None and not self._manager.graphable([name])}
+            return None
         if self._routing is not None:
             self._graphs.forget(self._routing)
         self._routing = self._manager.static_routing(self._graphs.max_batch)
-        if self._routing is not None and self._routing.covers(adapters):
-            return self._routing
-        self._eager |= {name for name in adapters if name is not None and not self._covered(name)}
-        log.info("adapters without a graph", adapters=sorted(self._eager))
-        return None
-
-    def _covered(self, name: str) -> bool:
-        return self._routing is not None and self._routing.covers([name])
+        log.info("graphs of the two-path forward are recorded anew", adapters=len(self._manager.adapters))
+        return self._routing if self._routing.covers(adapters) else None
 
 
-def graphs_work(device: torch.device, *, quantised: bool) -> bool:
+def graphs_work(device: torch.device, quantised: bool) -> bool:
     """False where a graph would be left with tensors that moved: folds into quantised weights make new ones."""
     return device.type == "cuda" and not quantised
