@@ -119,6 +119,11 @@ class AdapterManager:
         """Content of the base as it was when the manager was made."""
         return self._fingerprint
 
+    @property
+    def stack_bytes(self) -> int:
+        """Memory that copies for batches of several adapters take now."""
+        return self._router.stack_bytes
+
     def base_as(self, dtype: str) -> str:
         """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight.
 
@@ -188,7 +193,10 @@ class AdapterManager:
             raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         if name in self._adapters:
             self.drop(name)
-        self._router.add(name, {self._modules[module]: path for module, path in paths.items()})
+        try:
+            self._router.add(name, {self._modules[module]: path for module, path in paths.items()})
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         self._adapters[name] = bound
         return bound
 
