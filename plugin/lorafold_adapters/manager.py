@@ -124,6 +124,11 @@ class AdapterManager:
         """Memory that copies for batches of several adapters take now."""
         return self._router.stack_bytes
 
+    @property
+    def quantised(self) -> bool:
+        """True if some of the base's weights are: then folds put other tensors in front of them."""
+        return bool(self._quantised)
+
     def base_as(self, dtype: str) -> str:
         """The base's digest with all weights cast to `dtype`, whatever is folded now; reads every weight.
 

@@ -83,6 +83,8 @@ class EngineConfig(Section):
     """Tokens of one step at most while prompts are read: other answers wait for so long. Unless given, 128 on a CPU
     and 1024 on a GPU.
     """
+    compile: bool = False
+    """On a CPU: compile decode steps without low-rank paths. Needs a C++ compiler, and most of a minute at start-up."""
     default_max_tokens: Annotated[int, Field(gt=0)] = 256
     """For requests that do not say."""
 

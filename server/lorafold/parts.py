@@ -75,6 +75,11 @@ async def load_parts(config: Config, say: Say) -> Parts:
     pool = make_pool(config.engine, base)
     runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
     await timed(say, "made the cache", runner.warm_up)
+    if limits.compile:
+        await timed(say, "compiled the decode step", runner.compile)
+    if model.device.type == "cuda":
+        context = min(limits.max_context, base.context)
+        await timed(say, "recorded decode steps", lambda: runner.record(limits.max_batch, context))
     say(f"  {pool.tokens:,} tokens, up to {pool.tokens * base.cache_bytes_per_token / 1e9:,.2f} GB")
     base = replace(base, context=min(base.context, pool.tokens))
     health_servicer = health.aio.HealthServicer()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lorafold.engine.attention_means import Kind, Means
+from lorafold.engine.compiled import attend_op
 from lorafold.engine.step import Step
 
 NAME = "lorafold"
@@ -29,6 +30,7 @@ def attend(
     *,
     step: Step | None = None,
     means: Means | None = None,
+    compiled_step: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -36,11 +38,15 @@ def attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the cache: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
+    refuse_unknown(others)
+    layer: int = getattr(module, "layer_idx", 0)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if compiled_step is not None:
+        return attend_op(query, key, value, layer, scale, sliding_window or 0, softcap or 0.0, compiled_step), None
     if step is None or means is None:
         raise NotImplementedError("the model does not hand its keywords on to its attention")
-    refuse_unknown(others)
-    keys_PSKD, values_PSKD = step.cache.store(getattr(module, "layer_idx", 0), key, value, step.place_T)
-    kind = Kind(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap)
+    keys_PSKD, values_PSKD = step.cache.store(layer, key, value, step.place_T)
+    kind = Kind(scale, sliding_window, softcap)
     query_THD = query[0].transpose(0, 1)
     outputs = []
     if step.decoding:

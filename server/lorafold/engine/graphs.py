@@ -8,7 +8,7 @@ Shapes in the names: B rows, N pages of the longest sequence, V vocabulary.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,8 +16,12 @@ from transformers import PreTrainedModel
 
 from lorafold.engine.attention_means import Means
 from lorafold.engine.kv_cache import PagedCache
+from lorafold.engine.pages import SCRATCH
 from lorafold.engine.step import Part, Step, Tables
 
+BARE = "bare"
+"""The family of graphs without low-rank paths."""
+PADDING = Part(tokens=1, past=0, pages=[SCRATCH], decodes=True)
 SMALL = (1, 2, 4, 8)
 STRIDE = 8
 """Between sizes above the small ones."""
@@ -95,7 +99,18 @@ class DecodeGraphs:
         self._batches = {rows: StaticBatch(rows, pages, model.device) for rows in sizes(max_batch)}
         self._replays: dict[tuple[int, Hashable], Work] = {}
 
-    def run(self, ids: Sequence[int], parts: Sequence[Part], family: Hashable, within: Within) -> Tensor:
+    @property
+    def max_batch(self) -> int:
+        """Rows that one step can have."""
+        return max(self._batches)
+
+    def record_all(self) -> None:
+        """Records every size of the bare model, the largest first, so that the others find its memory."""
+        for rows in sorted(self._batches, reverse=True):
+            self.run([0] * rows, [PADDING] * rows, BARE)
+
+    @torch.inference_mode()
+    def run(self, ids: Sequence[int], parts: Sequence[Part], family: Hashable, within: Within = nullcontext) -> Tensor:
         """Logits [rows, V], fp32, valid until the next call.
 
         A graph is recorded, `within` its context, when the first batch of its size and family comes.
@@ -104,19 +119,20 @@ class DecodeGraphs:
         batch.fill(ids, parts, self._cache.size)
         key = (batch.rows, family)
         if key not in self._replays:
-            with within():
-                self._replays[key] = self._record(lambda: self._forward(batch))
+            self._replays[key] = self._record(lambda: self._forward(batch, within))
         return self._replays[key]()[: len(ids)]
 
     def forget(self, family: Hashable) -> None:
         """Drops the graphs of a family whose modules have changed."""
         self._replays = {key: replay for key, replay in self._replays.items() if key[1] != family}
 
-    def _forward(self, batch: StaticBatch) -> Tensor:
+    def _forward(self, batch: StaticBatch, within: Within) -> Tensor:
         step = batch.step(self._cache)
-        output = self._model(
-            input_ids=batch.ids_1B, position_ids=step.position_T[None], use_cache=False, step=step, means=self._means
-        )
+        ids_1B, position_1B = batch.ids_1B, step.position_T[None]
+        with within():
+            output = self._model(
+                input_ids=ids_1B, position_ids=position_1B, use_cache=False, step=step, means=self._means
+            )
         logits_BV: Tensor = output.logits[0].float()
         return logits_BV
 

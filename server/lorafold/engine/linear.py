@@ -5,10 +5,9 @@ than memory delivers them. oneDNN, which torch brings along, does better on the 
 folding needs to know nothing of it. Only fp32: for other dtypes torch takes oneDNN by itself.
 """
 
-import statistics
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import cast
 
@@ -20,7 +19,7 @@ Means = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Takes inputs [..., I], weight [O, I] and bias [O]; returns [..., O]."""
 SIZES = (1, 2, 4, 8, 16, 32, 128)
 """Tokens for which the means are compared; what is between takes the next larger one's."""
-ROUNDS = 3
+ROUNDS = 5
 SAMPLE_BYTES = 2**28
 """Weights that are measured: more than caches hold, as when a whole model runs."""
 CLEARLY = 0.95
@@ -39,15 +38,32 @@ MEANS: Mapping[str, Means] = {"torch": F.linear, "onednn": onednn}
 class MeasuredLinear(nn.Linear):
     """`nn.Linear`, computed by the means that is fastest for the number of tokens. Made by swapping the class."""
 
-    lorafold_means: tuple[Means, ...]
-    """For each of `SIZES`."""
+    lorafold_means: tuple[str, ...]
+    """Names, for each of `SIZES`."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """See `nn.Linear`."""
-        size = bisect_left(SIZES, inputs.numel() // self.in_features)
-        if size == len(SIZES):
-            return F.linear(inputs, self.weight, self.bias)
-        return self.lorafold_means[size](inputs, self.weight, self.bias)
+        """See `nn.Linear`. A compiler does not look into it."""
+        if torch.compiler.is_compiling():
+            outputs: Tensor = linear_op(inputs, self.weight, self.bias, " ".join(self.lorafold_means))
+            return outputs
+        return linear(inputs, self.weight, self.bias, self.lorafold_means)
+
+
+def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None, means: Sequence[str]) -> Tensor:
+    """A linear layer by the means named for so many tokens, torch's own for more."""
+    size = bisect_left(SIZES, inputs.numel() // weight_OI.shape[1])
+    return MEANS[means[size] if size < len(SIZES) else "torch"](inputs, weight_OI, bias_O)
+
+
+@torch.library.custom_op("lorafold::linear", mutates_args=())
+def linear_op(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None, means: str) -> Tensor:
+    """`linear` as an operator; the names are in one string."""
+    return linear(inputs, weight_OI, bias_O, means.split())
+
+
+@linear_op.register_fake
+def _(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None, means: str) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], weight_OI.shape[0])
 
 
 @torch.inference_mode()
@@ -64,7 +80,7 @@ def choose_linear(model: nn.Module) -> dict[int, str]:
     if set(chosen.values()) != {"torch"}:
         for layer in layers:
             layer.__class__ = MeasuredLinear
-            cast(MeasuredLinear, layer).lorafold_means = tuple(MEANS[chosen[size]] for size in SIZES)
+            cast(MeasuredLinear, layer).lorafold_means = tuple(chosen.values())
     return chosen
 
 
@@ -83,7 +99,7 @@ def fastest(layers: list[nn.Linear], tokens: int) -> str:
     """The name of the means that takes least time for all of `layers`."""
     inputs = {layer.in_features: torch.randn(tokens, layer.in_features) for layer in layers}
     work = [(inputs[layer.in_features], layer) for layer in layers]
-    seconds = {name: statistics.median(timings(means, work)) for name, means in usable(work).items()}
+    seconds = {name: min(timings(means, work)) for name, means in usable(work).items()}
     best = min(seconds, key=seconds.__getitem__)
     return best if seconds[best] < CLEARLY * seconds["torch"] else "torch"
 

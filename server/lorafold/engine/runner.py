@@ -4,16 +4,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import structlog
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorafold.engine.attention_means import IN_PLACE, PLAIN, Means
+from lorafold.engine.attention_choice import choose_means
+from lorafold.engine.attention_means import IN_PLACE, PLAIN, Means, decode_triton
+from lorafold.engine.compiled import CompiledDecode
+from lorafold.engine.families import GraphedDecode, graphs_work
+from lorafold.engine.graphs import DecodeGraphs
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.pages import SCRATCH
-from lorafold.engine.step import Part, plan_step
+from lorafold.engine.step import Part, Step, plan_step
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.errors import DeviceFull
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +59,8 @@ class Runner:
         self._manager = manager
         self._cache = cache
         self._means = means or (IN_PLACE if model.device.type == "cpu" else PLAIN)
+        self._graphed: GraphedDecode | None = None
+        self._compiled: CompiledDecode | None = None
 
     def warm_up(self) -> None:
         """Runs one token, so that the cache takes its memory now. Raises DeviceFull if there is not enough."""
@@ -60,29 +69,73 @@ class Runner:
         except torch.OutOfMemoryError as error:
             raise DeviceFull("the device's memory does not hold the cache: lower engine.kv_memory_gib") from error
 
+    def record(self, max_batch: int, context: int) -> None:
+        """On a GPU: chooses the means of attention, and records decode steps of up to `max_batch` rows as graphs.
+
+        `context`: tokens of a sequence at most. What cannot be recorded runs eagerly, with a warning.
+        """
+        if self._model.device.type != "cuda":
+            return
+        self._means = choose_means(self._model, self._cache)
+        if self._means.decode is not decode_triton or not graphs_work(self._model.device, self._manager.quantised):
+            log.warning("decode steps are not recorded as CUDA graphs: launching them takes longer")
+            return
+        graphs = DecodeGraphs(self._model, self._cache, self._means, max_batch=max_batch, context=context)
+        graphed = GraphedDecode(graphs, self._manager)
+        try:
+            graphed.warm_up()
+        except RuntimeError as error:
+            log.warning("decode steps cannot be recorded as CUDA graphs", error=str(error).split("\n")[0])
+            return
+        self._graphed = graphed
+
+    def compile(self) -> None:
+        """On a CPU: compiles decode steps without low-rank paths, for one row and for several."""
+        if self._model.device.type != "cpu":
+            return
+        self._compiled = CompiledDecode(self._model)
+        one = Piece(tokens=[0], pages=[SCRATCH], past=1, adapter=None, samples=True)
+        for pieces in ([one], [one] * 2):
+            self.run(pieces)
+
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits [S, V], fp32, one row for each piece that samples, in the order of `pieces`."""
+        """Logits [S, V], fp32, one row for each piece that samples, in the order of `pieces`; valid until the next."""
+        if self._graphed is not None and all(piece.decodes for piece in pieces):
+            ids, adapters = [piece.tokens[0] for piece in pieces], [piece.adapter for piece in pieces]
+            logits_SV = self._graphed.run(ids, [piece.part for piece in pieces], adapters)
+            if logits_SV is not None:
+                return logits_SV
         order = sorted(range(len(pieces)), key=lambda index: (not pieces[index].decodes, pieces[index].adapter or ""))
-        batch = [pieces[index] for index in order]
-        device = self._model.device
-        step = plan_step(self._cache, [piece.part for piece in batch], device, with_tables=self._means.tables)
-        ends, heads = self._ends(batch)
-        body = [piece.adapter for piece in batch for _ in piece.tokens]
-        with self._manager.routed(body, heads) if any(body) else nullcontext():
-            logits_SV: Tensor = self._model(
-                input_ids=torch.tensor([[token for piece in batch for token in piece.tokens]], device=device),
-                position_ids=step.position_T[None],
-                logits_to_keep=0 if len(ends) == len(body) else torch.tensor(ends, device=device),
-                use_cache=False,
-                step=step,
-                means=self._means,
-            ).logits[0]
+        logits_SV = self._forward([pieces[index] for index in order])
         asked = [index for index in order if pieces[index].samples]
         if asked != sorted(asked):
             back = sorted(range(len(asked)), key=asked.__getitem__)
-            logits_SV = logits_SV[torch.tensor(back, device=device)]
+            logits_SV = logits_SV[torch.tensor(back, device=logits_SV.device)]
         return logits_SV[: len(asked)].float()
+
+    def _forward(self, batch: Sequence[Piece]) -> Tensor:
+        """Logits [S, V] of the pieces that sample, in order; of one more place where none does."""
+        device = self._model.device
+        step = plan_step(self._cache, [piece.part for piece in batch], device, with_tables=self._means.tables)
+        ids_1T = torch.tensor([[token for piece in batch for token in piece.tokens]], device=device)
+        body = [piece.adapter for piece in batch for _ in piece.tokens]
+        if self._compiled is not None and step.decoding == len(body) and not any(body):
+            return self._compiled(ids_1T, step)
+        ends, heads = self._ends(batch)
+        with self._manager.routed(body, heads) if any(body) else nullcontext():
+            return self._model_logits(ids_1T, step, ends)
+
+    def _model_logits(self, ids_1T: Tensor, step: Step, ends: Sequence[int]) -> Tensor:
+        logits_SV: Tensor = self._model(
+            input_ids=ids_1T,
+            position_ids=step.position_T[None],
+            logits_to_keep=0 if len(ends) == ids_1T.shape[1] else torch.tensor(ends, device=ids_1T.device),
+            use_cache=False,
+            step=step,
+            means=self._means,
+        ).logits[0]
+        return logits_SV
 
     @staticmethod
     def _ends(batch: Sequence[Piece]) -> tuple[list[int], list[str | None]]:

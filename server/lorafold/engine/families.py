@@ -1,0 +1,66 @@
+"""Which graph a decode step replays: the bare model's, or one that adds the low-rank paths of whatever adapters.
+
+Knows adapters by name only; the plugin's static routing knows where their tensors are.
+"""
+
+from collections.abc import Sequence
+
+import structlog
+import torch
+from torch import Tensor
+
+from lorafold.engine.graphs import BARE, DecodeGraphs
+from lorafold.engine.step import Part
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.static_routing import StaticRouting
+
+log = structlog.get_logger(__name__)
+
+
+class GraphedDecode:
+    """Runs decode steps as graphs wherever that can be done."""
+
+    def __init__(self, graphs: DecodeGraphs, manager: AdapterManager) -> None:
+        self._graphs = graphs
+        self._manager = manager
+        self._routing: StaticRouting | None = None
+        self._eager: set[str] = set()
+        """Adapters that no graph can serve."""
+        self._ran_eagerly = False
+
+    def warm_up(self) -> None:
+        """Records the graphs of the bare model."""
+        self._graphs.record_all()
+
+    def run(self, ids: Sequence[int], parts: Sequence[Part], adapters: Sequence[str | None]) -> Tensor | None:
+        """Logits [rows, V], fp32, valid until the next call; None if this batch has to run eagerly."""
+        if len(ids) > self._graphs.max_batch or self._eager.intersection(adapters):
+            return None
+        if not any(adapters):
+            return self._graphs.run(ids, parts, BARE)
+        if not self._ran_eagerly:  # Which layers share an input shows when they run.
+            self._ran_eagerly = True
+            return None
+        routing = self._routing_for(adapters)
+        if routing is None:
+            return None
+        routing.set(adapters)
+        return self._graphs.run(ids, parts, routing, routing.routed)
+
+    def _routing_for(self, adapters: Sequence[str | None]) -> StaticRouting | None:
+        """The static routing that covers the adapters: the one there is, or a new one without graphs yet."""
+        if self._routing is not None and self._routing.covers(adapters):
+            return self._routing
+        if not self._manager.graphable(adapters):
+            self._eager |= {name for name in adapters if name is not None and not self._manager.graphable([name])}
+            return None
+        if self._routing is not None:
+            self._graphs.forget(self._routing)
+        self._routing = self._manager.static_routing(self._graphs.max_batch)
+        log.info("graphs of the two-path forward are recorded anew", adapters=len(self._manager.adapters))
+        return self._routing if self._routing.covers(adapters) else None
+
+
+def graphs_work(device: torch.device, quantised: bool) -> bool:
+    """False where a graph would be left with tensors that moved: folds into quantised weights make new ones."""
+    return device.type == "cuda" and not quantised
