@@ -120,6 +120,11 @@ class AdapterManager:
         return self._fingerprint
 
     @property
+    def stack_bytes(self) -> int:
+        """Memory that copies for batches of several adapters take now."""
+        return self._router.stack_bytes
+
+    @property
     def quantised(self) -> bool:
         """True if some of the base's weights are: then folds put other tensors in front of them."""
         return bool(self._quantised)
@@ -193,7 +198,10 @@ class AdapterManager:
             raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         if name in self._adapters:
             self.drop(name)
-        self._router.add(name, {self._modules[module]: path for module, path in paths.items()})
+        try:
+            self._router.add(name, {self._modules[module]: path for module, path in paths.items()})
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
         self._adapters[name] = bound
         return bound
 

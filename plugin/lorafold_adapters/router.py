@@ -57,25 +57,26 @@ class Router:
         return self._together.stacks.nbytes
 
     def add(self, name: str, paths: Mapping[nn.Module, AdapterPath]) -> None:
-        """Makes an adapter known, by what it does to which modules."""
-        for module, path in paths.items():
-            self._sites[module] = site = install(module, is_head=module is self._head)
-            site.paths[name] = path
-        families = dict.fromkeys(self._sites[module].family for module in paths)
-        for family in families:
-            family.gather(name)
+        """Makes an adapter known, by what it does to which modules; forgets it again if it cannot."""
         self._plans.clear()
-        at_home = {module: self._sites[module].paths[name] for module in paths}
-        self._together.add(name, at_home)
-        for static in self._statics:
-            static.add(name, at_home)
+        try:
+            for module, path in paths.items():
+                self._sites[module] = site = install(module, is_head=module is self._head)
+                site.paths[name] = path
+            for family in dict.fromkeys(self._sites[module].family for module in paths):
+                family.gather(name)
+            at_home = {module: self._sites[module].paths[name] for module in paths}
+            for follower in self._followers():
+                follower.add(name, at_home)
+        except BaseException:
+            self.drop(name)
+            raise
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
         self._plans.clear()
-        self._together.drop(name)
-        for static in self._statics:
-            static.drop(name)
+        for follower in self._followers():
+            follower.drop(name)
         for module, site in list(self._sites.items()):
             if site.paths.pop(name, None) is not None:
                 site.family.forget(name)
@@ -114,6 +115,10 @@ class Router:
     def graphable(self, name: str) -> bool:
         """True if an adapter is nothing but low-rank products."""
         return self._together.ranks.get(name) is not None
+
+    def _followers(self) -> list[Together | StaticRouting]:
+        """Those that want to know which adapters come and go."""
+        return [self._together, *self._statics]
 
     def _plan(self, routing: Routing) -> Plan:
         known = self._plans.pop(routing, None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold_adapters.errors import AdapterInUse, RoutingMismatch
+from lorafold_adapters.paths import AdapterPath
 from lorafold_adapters.sharing import version_of
 from lorafold_adapters.slot_groups import Group, SlotGroups
 from lorafold_adapters.steps import Batch
@@ -68,7 +69,7 @@ class StaticRouting:
             self._slots_2N.copy_(torch.tensor(lists, dtype=torch.int32))
             self._set = (rows, head)
 
-    def add(self, name: str, paths: Mapping[nn.Module, Any]) -> None:
+    def add(self, name: str, paths: Mapping[nn.Module, AdapterPath]) -> None:
         """An adapter was loaded."""
         self.groups.add(name, paths)
 

@@ -39,7 +39,7 @@ class Together:
 
     def drop(self, name: str) -> None:
         """An adapter was dropped."""
-        del self.ranks[name]
+        self.ranks.pop(name, None)
         if name in self.stacks.slots:
             self.stacks.clear()
         if self._groups is not None:
