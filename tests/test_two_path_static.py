@@ -151,7 +151,7 @@ def test_static_routing_is_refused_where_routing_is(adapter_on_llama: MakeAdapte
     manager.merge_adapter("plain")
     for call in (lambda: static.set(["plain"]), lambda: static.routed().__enter__()):
         with pytest.raises(AdapterInUse, match="unmerge_adapter"):
-            call()
+            call()  # type: ignore[no-untyped-call]
     with pytest.raises(AdapterNotLoaded, match="low-rank"):
         AdapterManager(tiny_llama()).static_routing(capacity=2)
 
