@@ -149,7 +149,8 @@ def test_static_routing_is_refused_where_routing_is(adapter_on_llama: MakeAdapte
         with pytest.raises(RoutingMismatch, match="made for 2"):
             logits_of(model, ids_of(3))
     manager.merge_adapter("plain")
-    for call in (lambda: static.set(["plain"]), lambda: static.routed().__enter__()):
+    calls: list[Callable[[], object]] = [lambda: static.set(["plain"]), lambda: static.routed().__enter__()]
+    for call in calls:
         with pytest.raises(AdapterInUse, match="unmerge_adapter"):
             call()  # type: ignore[no-untyped-call]
     with pytest.raises(AdapterNotLoaded, match="low-rank"):

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lorafold_adapters.layout import Layout
-from lorafold_adapters.sharing import Shrink
+from lorafold_adapters.sharing import Products, Shrink
 from lorafold_adapters.slot_groups import Group, SlotGroups
 from lorafold_adapters.stacks import Stacks
 from lorafold_adapters.steps import Expand, StackExpand, StackShrink
@@ -52,8 +52,10 @@ class OnStacks:
         if layout is None:
             return None
         stack = self.stacks.of(family)
-        expands: dict[int, Expand] = {place: StackExpand(layout, factors) for place, factors in stack.factors.items()}
-        return StackShrink(layout, stack.a_GIR[: layout.slots]), expands
+        expands: dict[int, Expand] = {
+            place: StackExpand(layout, piece, factors) for piece, (place, factors) in enumerate(stack.factors.items())
+        }
+        return StackShrink(layout, stack.a_GIR[: layout.slots], tuple(stack.ranks.values())), expands
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,9 @@ class KernelShrink:
     group: Group
     slot_N: Tensor
 
-    def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Tensor:
-        """See `sharing.Shrink`; [P, N, R], fp32."""
-        return self.group.shrunk(self.groups.kernels, inputs_NI, self.slot_N)
+    def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Products:
+        """See `Shrink`; one piece [P, N, R], fp32."""
+        return (self.group.shrunk(self.groups.kernels, inputs_NI, self.slot_N),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,10 @@ class KernelExpand:
     shrink: KernelShrink
     place: int
 
-    def __call__(self, shrunk_PNR: Tensor, outputs_NO: Tensor, tokens_per_unit: int) -> None:
+    def __call__(self, products: Products, outputs_NO: Tensor, tokens_per_unit: int) -> None:
         """See `Expand`."""
         shrink = self.shrink
-        shrink.groups.kernels.expand(shrunk_PNR, shrink.slot_N, shrink.group.tables, [(self.place, outputs_NO)])
+        shrink.groups.kernels.expand(products[0], shrink.slot_N, shrink.group.tables, [(self.place, outputs_NO)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

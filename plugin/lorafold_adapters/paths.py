@@ -46,25 +46,12 @@ class LowRankPath:
         adapted_TO = torch.addmm(outputs_TO, inputs @ self.a_IR, self.scaled_b_RO)
         return finished(adapted_TO, self.gain_O, self.shift_O)
 
-    def add_(self, shrunk_TR: Tensor, outputs_TO: Tensor) -> None:
-        """Writes the adapted outputs over the base's, given the inputs' products with A."""
-        outputs_TO.addmm_(shrunk_TR, self.scaled_b_RO)
-        finish_(outputs_TO, self.gain_O, self.shift_O)
-
 
 def finished(adapted: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
     """`gain * adapted + shift`, of what there is of them."""
     if gain is not None:
         adapted = adapted * gain
     return adapted if shift is None else adapted + shift
-
-
-def finish_(adapted: Tensor, gain: Tensor | None, shift: Tensor | None) -> None:
-    """The same in place."""
-    if gain is not None:
-        adapted.mul_(gain)
-    if shift is not None:
-        adapted.add_(shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,25 +8,24 @@ from lorafold_adapters.paths import LowRankPath
 from lorafold_adapters.sharing import Shared, Sightings
 from lorafold_adapters.spans import Routing, Spans
 from lorafold_adapters.steps import Batch, EagerStep, Expand, Other, Part, SpanExpand, SpanShrink, Work
-from lorafold_adapters.two_path import Family, Site, Step
+from lorafold_adapters.two_path import Family, Patch, Site, enter, leave
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The steps of one composition."""
 
-    steps: tuple[tuple[Site, Step], ...]
+    patches: tuple[Patch, ...]
     shared: tuple[Shared, ...]
+    """Those that keep anything during a forward pass."""
 
     def enter(self) -> None:
         """From now on the sites run their steps."""
-        for site, step in self.steps:
-            site.enter(step)
+        enter(self.patches)
 
     def leave(self) -> None:
         """The modules are what they were; no tensor of the forward pass is kept."""
-        for site, _ in self.steps:
-            site.leave()
+        leave(self.patches)
         for shared in self.shared:
             shared.forget()
 
@@ -35,7 +34,7 @@ def plan(
     routing: Routing, families: Iterable[Family], grouped: Grouped | None, batch: Batch, sightings: Sightings
 ) -> Plan:
     """The steps of all sites that an adapter of the batch changes."""
-    steps: list[tuple[Site, Step]] = []
+    patches: list[Patch] = []
     shared: list[Shared] = []
     for family in families:
         is_head = family.sites[0].is_head
@@ -47,9 +46,9 @@ def plan(
             step = EagerStep(
                 site=site, batch=batch, sightings=sightings, units=spans.units, rowwise=work, grouped=other
             )
-            steps.append((site, step))
+            patches.append(Patch.of(site, step))
             shared += [one.shared for one in (work, other) if one is not None and one.shared is not None]
-    return Plan(steps=tuple(steps), shared=tuple(dict.fromkeys(shared)))
+    return Plan(patches=tuple(patches), shared=tuple(dict.fromkeys(one for one in shared if one.keeps)))
 
 
 def works(family: Family, spans: Spans, grouped: Grouped | None, is_head: bool) -> dict[int, Work]:
@@ -82,12 +81,12 @@ def adapts(family: Family, names: Iterable[str]) -> bool:
 
 def span_parts(family: Family, name: str, part: Part) -> Parts:
     """One adapter's products, on one span."""
-    columns = family.columns[name]
+    paths = family.low_rank(name)
     expands: dict[int, Expand] = {
-        place: SpanExpand(part, None if len(columns) == 1 else columns[place], path)
-        for place, path in family.low_rank(name).items()
+        place: SpanExpand(part, piece, path.scaled_b_RO, path.gain_O, path.shift_O)
+        for piece, (place, path) in enumerate(paths.items())
     }
-    return SpanShrink(part, family.products[name]), expands
+    return SpanShrink(part, family.products[name], tuple(path.rank for path in paths.values())), expands
 
 
 def others_of(site: Site, spans: Spans) -> tuple[Other, ...]:

@@ -127,6 +127,7 @@ class Router:
                 together, moved = self._together.of(routing)
                 if moved:
                     self._plans.clear()
+                self._sightings.open = True
                 known = plan(routing, self._families(routing), together, self._batch, self._sightings)
             while len(self._plans) >= PLANS:
                 del self._plans[next(iter(self._plans))]

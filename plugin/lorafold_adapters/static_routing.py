@@ -19,7 +19,7 @@ from lorafold_adapters.paths import AdapterPath
 from lorafold_adapters.sharing import version_of
 from lorafold_adapters.slot_groups import Group, SlotGroups
 from lorafold_adapters.steps import Batch
-from lorafold_adapters.two_path import Site
+from lorafold_adapters.two_path import Patch, Site, enter, leave
 
 NOBODY = -1
 """The slot of the base."""
@@ -43,6 +43,7 @@ class StaticRouting:
         self._runs = [
             _GroupRun(self, group, self._slots_2N[1 if group.modules[0] is head else 0]) for group in groups.groups
         ]
+        self._patches = [Patch.of(step.site, step) for run in self._runs for step in run.steps]
 
     def covers(self, adapters: Sequence[str | None]) -> bool:
         """True if a batch of these rows can run inside `routed`.
@@ -90,12 +91,12 @@ class StaticRouting:
             raise AdapterInUse("rows are routed now: leave routed() first")
         self._batch.active = True
         try:
-            for run in self._runs:
-                run.enter()
+            enter(self._patches)
             yield
         finally:
+            leave(self._patches)
             for run in self._runs:
-                run.leave()
+                run.forget()
             self._batch.active = False
 
     def _numbers(self) -> int:
@@ -121,19 +122,10 @@ class _GroupRun:
         self._routing = routing
         self._group = group
         self._slot_N = slot_N
-        self._steps = [_GroupStep(self, Site(module, is_head=False)) for module in group.modules]
-        self.leave_outputs()
+        self.steps = [_GroupStep(self, Site(module, is_head=False)) for module in group.modules]
+        self.forget()
 
-    def enter(self) -> None:
-        for step in self._steps:
-            step.site.enter(step)
-
-    def leave(self) -> None:
-        for step in self._steps:
-            step.site.leave()
-        self.leave_outputs()
-
-    def leave_outputs(self) -> None:
+    def forget(self) -> None:
         """Lets go of what was computed for siblings."""
         self._inputs: Tensor | None = None
         self._version = NOBODY
@@ -145,11 +137,11 @@ class _GroupRun:
             outputs = self._ready.pop(step)
         else:
             self._inputs, self._version = inputs, version_of(inputs)
-            self._ready = {sibling: sibling.site.base(inputs).contiguous() for sibling in self._steps}
+            self._ready = {sibling: sibling.site.base(inputs).contiguous() for sibling in self.steps}
             self._routing.add_products(self._group, inputs, self._slot_N, list(self._ready.values()))
             outputs = self._ready.pop(step)
         if not self._ready:
-            self.leave_outputs()
+            self.forget()
         return outputs
 
 

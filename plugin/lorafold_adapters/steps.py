@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lorafold_adapters.errors import RoutingMismatch
 from lorafold_adapters.layout import Layout
-from lorafold_adapters.paths import AdapterPath, LowRankPath, finish_
-from lorafold_adapters.sharing import Shared, Sightings
+from lorafold_adapters.paths import AdapterPath
+from lorafold_adapters.sharing import Products, Shared, Sightings
 from lorafold_adapters.spans import Span
 from lorafold_adapters.stacks import Factors
 from lorafold_adapters.two_path import Site
 
-Expand = Callable[[Tensor, Tensor, int], None]
+Expand = Callable[[Products, Tensor, int], None]
 """Writes adapted outputs over the base's [N, O], given what `Shrink` made for its part, and tokens per unit."""
 
 
@@ -59,10 +59,14 @@ class SpanShrink:
 
     part: Part
     a_IR: Tensor
+    ranks: tuple[int, ...]
+    """Of each site that it changes."""
 
-    def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Tensor:
-        """See `sharing.Shrink`; [T, R]."""
-        return torch.mm(self.part(inputs_NI, tokens_per_unit), self.a_IR)
+    def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Products:
+        """See `Shrink`; a piece [T, R] for each of `ranks`."""
+        inputs_TI = inputs_NI if self.part.whole else self.part(inputs_NI, tokens_per_unit)
+        shrunk_TR = torch.mm(inputs_TI, self.a_IR)
+        return shrunk_TR.split_with_sizes(self.ranks, 1) if len(self.ranks) > 1 else (shrunk_TR,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +74,20 @@ class SpanExpand:
     """Adds one adapter's low-rank products to its tokens."""
 
     part: Part
-    columns: slice | None
-    """Of the family's products; None: all."""
-    path: LowRankPath
+    piece: int
+    b_RO: Tensor
+    gain_O: Tensor | None
+    shift_O: Tensor | None
 
-    def __call__(self, shrunk_TR: Tensor, outputs_NO: Tensor, tokens_per_unit: int) -> None:
+    def __call__(self, products: Products, outputs_NO: Tensor, tokens_per_unit: int) -> None:
         """See `Expand`."""
-        own_TR = shrunk_TR if self.columns is None else shrunk_TR[:, self.columns]
-        self.path.add_(own_TR, self.part(outputs_NO, tokens_per_unit))
+        if not self.part.whole:
+            outputs_NO = self.part(outputs_NO, tokens_per_unit)
+        outputs_NO.addmm_(products[self.piece], self.b_RO)
+        if self.gain_O is not None:
+            outputs_NO.mul_(self.gain_O)
+        if self.shift_O is not None:
+            outputs_NO.add_(self.shift_O)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +96,36 @@ class StackShrink:
 
     layout: Layout
     a_GIR: Tensor
+    ranks: tuple[int, ...]
+    """Of each site that they change."""
 
-    def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Tensor:
-        """See `sharing.Shrink`; [G, P, R]."""
-        return torch.bmm(self.layout.taken(inputs_NI), self.a_GIR)
+    def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Products:
+        """See `Shrink`; a piece [G, P, R] for each of `ranks`."""
+        shrunk_GPR = torch.bmm(self.layout.taken(inputs_NI), self.a_GIR)
+        return shrunk_GPR.split_with_sizes(self.ranks, 2) if len(self.ranks) > 1 else (shrunk_GPR,)
 
 
 class StackExpand:
     """Adds the stacked adapters' products to their tokens."""
 
-    __slots__ = ("_b_GRO", "_columns", "_gain_G1O", "_layout", "_shift_G1O")
+    __slots__ = ("_b_GRO", "_gain_G1O", "_layout", "_piece", "_shift_G1O")
 
-    def __init__(self, layout: Layout, factors: Factors) -> None:
+    def __init__(self, layout: Layout, piece: int, factors: Factors) -> None:
         self._layout = layout
-        self._columns = factors.columns
+        self._piece = piece
         self._b_GRO = factors.b_GRO[: layout.slots]
         gain_GO, shift_GO = factors.gain_GO, factors.shift_GO
         self._gain_G1O = None if gain_GO is None else gain_GO[: layout.slots, None]
         self._shift_G1O = None if shift_GO is None else shift_GO[: layout.slots, None]
 
-    def __call__(self, shrunk_GPR: Tensor, outputs_NO: Tensor, tokens_per_unit: int) -> None:
+    def __call__(self, products: Products, outputs_NO: Tensor, tokens_per_unit: int) -> None:
         """See `Expand`."""
         own_GPO = self._layout.taken(outputs_NO)
-        own_GPO.baddbmm_(shrunk_GPR[..., self._columns], self._b_GRO)
-        finish_(own_GPO, self._gain_G1O, self._shift_G1O)
+        own_GPO.baddbmm_(products[self._piece], self._b_GRO)
+        if self._gain_G1O is not None:
+            own_GPO.mul_(self._gain_G1O)
+        if self._shift_G1O is not None:
+            own_GPO.add_(self._shift_G1O)
         self._layout.put_back(own_GPO, outputs_NO)
 
 
@@ -138,9 +154,9 @@ class Work:
     def __call__(self, inputs: Tensor, outputs_NO: Tensor, tokens_per_unit: int) -> None:
         """Writes the adapted outputs over the base's."""
         if self.shared is not None:
-            for expand, shrunk in zip(self.expands, self.shared.of(inputs, tokens_per_unit), strict=True):
+            for expand, products in zip(self.expands, self.shared.of(inputs, tokens_per_unit), strict=True):
                 if expand is not None:
-                    expand(shrunk, outputs_NO, tokens_per_unit)
+                    expand(products, outputs_NO, tokens_per_unit)
         if self.others:
             feature_axes = 0 if inputs.dtype in (torch.int32, torch.int64) else 1
             inputs_N = inputs.reshape(outputs_NO.shape[0], *inputs.shape[inputs.dim() - feature_axes :])
@@ -163,22 +179,26 @@ class EagerStep:
 
     def forward(self, inputs: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """See `Step`. Raises RoutingMismatch if the module works on something else than the routed rows."""
-        outputs: Tensor = self.site.base(inputs, *args, **kwargs).contiguous()
+        site = self.site
+        if site.own is None:
+            outputs = type(site.module).forward(site.module, inputs, *args, **kwargs).contiguous()
+        else:
+            outputs = site.own(inputs, *args, **kwargs).contiguous()
         outputs_NO = outputs.view(-1, outputs.shape[-1])
-        tokens_per_unit, rest = divmod(outputs_NO.shape[0], self.units)
-        if rest or (
-            outputs_NO.shape[0] != self.batch.tokens and self.batch.tokens is not None and not self.site.is_head
-        ):
-            self.refuse(outputs_NO.shape[0])
-        if not self.site.is_head:
-            self.sightings.saw(inputs, self.site)
-        work = self.rowwise if self.grouped is None or tokens_per_unit != 1 else self.grouped
-        work(inputs, outputs_NO, tokens_per_unit)
+        tokens, units = outputs_NO.shape[0], self.units
+        if tokens != self.batch.tokens or tokens % units:
+            self.check(tokens)
+        if self.sightings.open:
+            self.sightings.saw(inputs, site)
+        work = self.rowwise if self.grouped is None or tokens != units else self.grouped
+        work(inputs, outputs_NO, tokens // units)
         return outputs
 
-    def refuse(self, tokens: int) -> None:
-        """Raises RoutingMismatch."""
-        raise RoutingMismatch(
-            f"a layer got {tokens} tokens of a batch of {self.batch.tokens or self.units}: it does not work row by "
-            "row; fold the adapter, or run one row at a time"
-        )
+    def check(self, tokens: int) -> None:
+        """Raises RoutingMismatch unless the rows can be told apart."""
+        expected = None if self.site.is_head else self.batch.tokens
+        if tokens % self.units or expected not in (None, tokens):
+            raise RoutingMismatch(
+                f"a layer got {tokens} tokens of a batch of {expected or self.units}: it does not work row by row; "
+                "fold the adapter, or run one row at a time"
+            )

@@ -6,8 +6,8 @@ a site puts a step's `forward` before its module's own. Knows nothing of what a 
 Shapes in the names: I in-features, R rank.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -29,7 +29,7 @@ class Step(Protocol):
 class Site:
     """What is attached to one module."""
 
-    __slots__ = ("_attributes", "_own", "family", "is_head", "module", "paths")
+    __slots__ = ("attributes", "family", "is_head", "module", "own", "paths")
 
     def __init__(self, module: nn.Module, *, is_head: bool) -> None:
         self.module = module
@@ -37,29 +37,46 @@ class Site:
         self.paths: dict[str, AdapterPath] = {}
         """By adapter."""
         self.family = Family([self])
-        self._attributes = module.__dict__
-        self._own: Any = None
+        self.attributes = module.__dict__
+        """Where a step's forward is put, so that the module's own is not found."""
+        self.own: Any = None
+        """A forward that somebody else had put there; None for that of the module's class."""
 
-    def base(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def base(self, inputs: Tensor) -> Any:
         """What the module's own forward makes of the inputs."""
-        own = self._own
-        return (
-            type(self.module).forward(self.module, inputs, *args, **kwargs)
-            if own is None
-            else own(inputs, *args, **kwargs)
-        )
+        return type(self.module).forward(self.module, inputs) if self.own is None else self.own(inputs)
 
-    def enter(self, step: Step) -> None:
-        """From now on the module runs `step`."""
-        self._own = self._attributes.get("forward")
-        self._attributes["forward"] = step.forward
 
-    def leave(self) -> None:
-        """The module is what it was."""
-        if self._own is None:
-            self._attributes.pop("forward", None)
-        else:
-            self._attributes["forward"] = self._own
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A step, ready to be put before its module's own forward. Used at every step of a batch, so plain and quick."""
+
+    site: Site
+    attributes: dict[str, Any]
+    forward: Callable[..., Any]
+
+    @classmethod
+    def of(cls, site: Site, step: Step) -> "Patch":
+        """The patch for one module."""
+        return cls(site, site.attributes, step.forward)
+
+
+def enter(patches: Iterable[Patch]) -> None:
+    """From now on the modules run the steps."""
+    for patch in patches:
+        attributes = patch.attributes
+        patch.site.own = attributes.get("forward")
+        attributes["forward"] = patch.forward
+
+
+def leave(patches: Iterable[Patch]) -> None:
+    """The modules are what they were."""
+    for patch in patches:
+        own = patch.site.own
+        if own is not None:
+            patch.attributes["forward"] = own
+        elif "forward" in patch.attributes:
+            del patch.attributes["forward"]
 
 
 class Family:
@@ -72,8 +89,6 @@ class Family:
         self.sites = sites
         self.products: dict[str, Tensor] = {}
         """By adapter: the A's of all sites that it changes, [I, sum of R], in the order of `sites`."""
-        self.columns: dict[str, dict[int, slice]] = {}
-        """By adapter and place in `sites`: which columns of that are whose."""
 
     def place(self, site: Site) -> int:
         """The site's place in the family."""
@@ -95,17 +110,15 @@ class Family:
         else:
             with torch.inference_mode(False):  # The tensors outlive the mode in which they are made.
                 joined_IR = laid_out(torch.cat([path.a_IR.T for path in paths.values()]))
-        columns, stop = {}, 0
+        stop = 0
         for index, path in paths.items():
             start, stop = stop, stop + path.rank
-            columns[index] = slice(start, stop)
             self.sites[index].paths[name] = replace(path, a_IR=joined_IR[:, start:stop])
-        self.products[name], self.columns[name] = joined_IR, columns
+        self.products[name] = joined_IR
 
     def forget(self, name: str) -> None:
         """Drops what is kept of one adapter."""
         self.products.pop(name, None)
-        self.columns.pop(name, None)
 
 
 def merged(families: Iterable[Family]) -> Family:
