@@ -152,7 +152,7 @@ def test_static_routing_is_refused_where_routing_is(adapter_on_llama: MakeAdapte
     calls: list[Callable[[], object]] = [lambda: static.set(["plain"]), lambda: static.routed().__enter__()]
     for call in calls:
         with pytest.raises(AdapterInUse, match="unmerge_adapter"):
-            call()  # type: ignore[no-untyped-call]
+            call()
     with pytest.raises(AdapterNotLoaded, match="low-rank"):
         AdapterManager(tiny_llama()).static_routing(capacity=2)
 
