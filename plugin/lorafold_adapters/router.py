@@ -83,6 +83,7 @@ class Router:
                 if not site.paths:
                     uninstall(module)
                     del self._sites[module]
+                    self._together.clear()  # Stacks know a family's modules by their places, which shift.
 
     @contextmanager
     def routed(self, body: Sequence[str | None], head: Sequence[str | None] | None) -> Iterator[None]:

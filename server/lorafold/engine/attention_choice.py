@@ -60,6 +60,8 @@ def fastest(what: str, candidates: Mapping[str, Attend], run: Callable[[Attend],
     for name, candidate in candidates.items():
         try:
             apart = float((run(candidate) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        except torch.AcceleratorError:
+            raise  # The device's context is lost: nothing can run.
         except Exception as error:  # A compiler, a driver, a kernel: whatever is wrong there, torch's own remains.
             log.warning("attention left out", means=name, used_for=what, error=str(error).split("\n")[0])
             continue

@@ -5,7 +5,8 @@ Shapes in the names: T packed tokens, B decoding sequences, N tokens of one chun
 H query heads, K key-value heads, G = H / K, D head width; P pages of S places.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ from lorafold.engine.paged_attention import decode as paged_decode
 from lorafold.engine.paged_prefill import prefill as paged_prefill
 from lorafold.engine.step import Chunk, Run, Step, Whereabouts
 
+SMALL_BYTES = 4 << 20
+"""Keys of one layer up to which one thread is as fast as all: it need not wait for others, whom the system may have
+given something else to do.
+"""
 MAX_RUNS = 4
 """Pieces up to which reading each where it lies is cheaper than copying them together."""
 
@@ -51,6 +56,13 @@ class Means:
 
 def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
     """Sequence by sequence, reading the cache where it lies: for CPUs, where that is dearer than a call."""
+    places_read = sum(stop - start for where in step.decoding_at for start, stop in where.runs)
+    with threads(1 if places_read * keys_PSKD[0, 0].nbytes < SMALL_BYTES else torch.get_num_threads()):
+        return decode_rows(query_BHD, keys_PSKD, values_PSKD, step, kind)
+
+
+def decode_rows(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
+    """`decode_in_place`, with the threads that there are."""
     heads = keys_PSKD.shape[2]
     query_BKGD = query_BHD.reshape(len(query_BHD), heads, query_BHD.shape[1] // heads, -1)
     outputs = []
@@ -63,6 +75,17 @@ def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, s
             key, value = places(keys_PSKD, where, kind.window), places(values_PSKD, where, kind.window)
             outputs.append(scaled_dot_product(query_1KGD, key, value, kind))
     return torch.cat(outputs).reshape(query_BHD.shape)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads; takes less than a microsecond."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def decode_by_run(

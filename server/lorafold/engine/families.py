@@ -25,7 +25,7 @@ class GraphedDecode:
         self._manager = manager
         self._routing: StaticRouting | None = None
         self._eager: set[str] = set()
-        """Adapters that no graph can serve."""
+        """Adapters that no graph can serve: more than low-rank products, or beyond the number of slots."""
         self._ran_eagerly = False
 
     def warm_up(self) -> None:
@@ -45,20 +45,32 @@ class GraphedDecode:
         if routing is None:
             return None
         routing.set(adapters)
-        return self._graphs.run(ids, parts, routing, routing.routed)
+        try:
+            return self._graphs.run(ids, parts, routing, routing.routed)
+        except torch.AcceleratorError:
+            raise  # The device's context is lost.
+        except RuntimeError as error:
+            log.warning("the two-path forward has no graphs", error=str(error).split("\n")[0])
+            self._eager |= self._manager.adapters.keys()
+            return None
 
     def _routing_for(self, adapters: Sequence[str | None]) -> StaticRouting | None:
         """The static routing that covers the adapters: the one there is, or a new one without graphs yet."""
         if self._routing is not None and self._routing.covers(adapters):
             return self._routing
-        if not self._manager.graphable(adapters):
-            self._eager |= {name for name in adapters if name is not None and not self._manager.graphable([name])}
-            return None
-        if self._routing is not None:
-            self._graphs.forget(self._routing)
-        self._routing = self._manager.static_routing(self._graphs.max_batch)
-        log.info("graphs of the two-path forward are recorded anew", adapters=len(self._manager.adapters))
-        return self._routing if self._routing.covers(adapters) else None
+        if self._manager.graphable(adapters):
+            routing = self._manager.static_routing(self._graphs.max_batch)
+            if routing.covers(adapters):
+                log.info("the two-path forward is recorded anew", adapters=len(self._manager.adapters))
+                self._graphs.forget(self._routing)
+                self._routing = routing
+                return routing
+        self._eager &= self._manager.adapters.keys()
+        self._eager |= {name for name in adapters if name is not None and not self._covered(name)}
+        return None
+
+    def _covered(self, name: str) -> bool:
+        return self._routing is not None and self._routing.covers([name])
 
 
 def graphs_work(device: torch.device, quantised: bool) -> bool:

@@ -88,7 +88,7 @@ class Engine:
 
     def release(self) -> None:
         """Gives the weights to the policy before the next step if an adapter is held, without waiting for it."""
-        self._inbox.put(Command(lambda: self.weights.held and self._unmerge(), lambda _: None))
+        self.call(lambda: self.weights.held and self._unmerge())
 
     @staticmethod
     def now() -> float:
@@ -100,6 +100,7 @@ class Engine:
     def _main(self) -> None:
         cause: BaseException | None = None
         try:
+            self._runner.use_device()
             while not self._stopping:
                 self._inbox.run_all(wait=0 if self._scheduler.rows else None)
                 self._expire()
@@ -188,7 +189,7 @@ class Engine:
         self._wait(self._scheduler.running, planned - start)
         if parts := self._scheduler.schedule(lane):
             self._run(parts, lane)
-        else:
+        elif self.weights.held is not None:
             self._wait_for_a_command()
         self._wait((row for row in self._scheduler.running if row.lane != lane), self.now() - planned)
 
@@ -209,7 +210,7 @@ class Engine:
     def _recover(self) -> None:
         """Nothing runs on a damaged base, and nothing that ran on it goes on. Raises BaseCorrupt if that stays."""
         self._on_health(False)
-        for row in list(self._scheduler.running):
+        for row in [row for row in self._scheduler.rows if row.read]:
             self._fail(
                 row, BaseReloading("the base was found damaged and is being loaded again: send the request again")
             )
@@ -273,7 +274,12 @@ class Engine:
             row.swap_wait += seconds
 
     def _fail(self, row: Row, error: LorafoldError) -> None:
-        self._scheduler.remove(row)
+        """Ends the row, and with it the other completions of its request."""
+        if row.ended:
+            return
+        several = row.request.n > 1
+        for other in [each for each in self._scheduler.rows if each.request is row.request] if several else [row]:
+            self._scheduler.remove(other)
         try:
             row.sink(Failed(error))
         except Exception:

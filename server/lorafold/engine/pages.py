@@ -87,12 +87,6 @@ class PagePool:
             holding.node, holding.sealed = node, holding.sealed + 1
         return holding
 
-    def known(self, adapter: str | None, tokens: Sequence[int]) -> int:
-        """Pages that `start` would find."""
-        holding = self.start(adapter, tokens)
-        self.release(holding)
-        return len(holding.pages)
-
     def grow(self, holding: Holding, tokens: int, *, at_most: int) -> None:
         """Makes room for `tokens` tokens in all; the sequence may come to have `at_most`. Raises KvFull."""
         wanted = self.pages_for(tokens) - len(holding.pages)

@@ -62,8 +62,14 @@ class Runner:
         self._graphed: GraphedDecode | None = None
         self._compiled: CompiledDecode | None = None
 
+    def use_device(self) -> None:
+        """Makes the model's GPU that of the calling thread: kernels and graphs go there."""
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)
+
     def warm_up(self) -> None:
         """Runs one token, so that the cache takes its memory now. Raises DeviceFull if there is not enough."""
+        self.use_device()
         try:
             self.run([Piece(tokens=[0], pages=[SCRATCH], past=0, adapter=None, samples=True)])
         except torch.OutOfMemoryError as error:
@@ -76,6 +82,7 @@ class Runner:
         """
         if self._model.device.type != "cuda":
             return
+        self.use_device()
         self._means = choose_means(self._model, self._cache)
         if self._means.decode is not decode_triton or not graphs_work(self._model.device, self._manager.quantised):
             log.warning("decode steps are not recorded as CUDA graphs: launching them takes longer")
@@ -84,6 +91,8 @@ class Runner:
         graphed = GraphedDecode(graphs, self._manager)
         try:
             graphed.warm_up()
+        except torch.AcceleratorError:
+            raise  # The device's context is lost: nothing can run.
         except RuntimeError as error:
             log.warning("decode steps cannot be recorded as CUDA graphs", error=str(error).split("\n")[0])
             return

@@ -133,7 +133,8 @@ class Scheduler:
 
     def add(self, *rows: Row) -> None:
         """Puts rows at the end of their queues, all or none. Raises QueueFull, or KvFull for what can never run."""
-        if len(self._waiting) + len(rows) > self._max_waiting:
+        places = max(0, self._max_batch - len(self._running))
+        if len(self._waiting) + len(rows) > self._max_waiting + places:
             raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
         longest = max(row.at_most for row in rows)
         if longest > self.pool.tokens:
@@ -147,12 +148,14 @@ class Scheduler:
     def admit(self, lane_of: Callable[[Row], Lane], now: float, *, held: str | None = None) -> None:
         """Starts the rows that should be next, as far as there is room; a row's lane is chosen then.
 
-        While an adapter is `held`, only its rows start: others could not run and would keep its own out.
+        While an adapter is `held`, only its rows start, and others, which cannot run, give up their room for them.
         """
-        while len(self._running) < self._max_batch:
-            row = self._next(lane_of, held)
-            if row is None or not self._start(row):
-                return
+        while row := self._next(lane_of, held):
+            while not (len(self._running) < self._max_batch and self._start(row)):
+                parked = [other for other in self._running if held is not None and other.lane != held]
+                if not parked:
+                    return
+                self._preempt(parked[-1])
             self._waiting.remove(row)
             row.admitted = row.admitted or now
             row.lane = lane_of(row)
@@ -220,12 +223,20 @@ class Scheduler:
             try:
                 self.pool.grow(row.holding, len(row.tokens), at_most=row.at_most)
             except KvFull:
-                last = next(reversed(self._running))
-                last.preempted += 1
-                self.preemptions += 1
-                self._back(last)
+                self._preempt(self._last_beside(row))
             else:
                 return
+
+    def _last_beside(self, row: Row) -> Row:
+        """The row that started last; not `row` itself if then nothing of its lane could run."""
+        others = [other for other in self._running if other is not row]
+        alone = all(other.lane != row.lane for other in others)
+        return others[-1] if alone else next(reversed(self._running))
+
+    def _preempt(self, row: Row) -> None:
+        row.preempted += 1
+        self.preemptions += 1
+        self._back(row)
 
     def ran(self, part: Part) -> int:
         """Notes that a part ran; returns how many prompt tokens that were never read before it read."""
