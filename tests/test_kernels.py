@@ -87,7 +87,7 @@ def case(slots: list[int], dtype: torch.dtype, inputs: int = 96, widths: tuple[i
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random).to(DEVICE, dtype)
 
-    tables = Tables(SLOTS, widths, torch.device(DEVICE))
+    tables = Tables(SLOTS, widths, max(RANKS), torch.device(DEVICE))
     for slot in range(SLOTS):
         sites, column = {}, 0
         for place, width in enumerate(widths):

@@ -158,9 +158,10 @@ def test_static_routing_is_refused_where_routing_is(adapter_on_llama: MakeAdapte
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_captured_graph_replays_any_mix(adapter_on_llama: MakeAdapter) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_captured_graph_replays_any_mix(overlap: bool, adapter_on_llama: MakeAdapter) -> None:
     model, manager = loaded(adapter_on_llama, NAMES)
-    static, ids = manager.static_routing(capacity=8), ids_of(8)
+    static, ids = manager.static_routing(capacity=8, overlap=overlap), ids_of(8)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with static.routed(), torch.no_grad():
         side.wait_stream(torch.cuda.current_stream())

@@ -270,14 +270,15 @@ class AdapterManager:
         with self._router.routed(body, head):
             yield
 
-    def static_routing(self, capacity: int, max_rank: int | None = None) -> StaticRouting:
+    def static_routing(self, capacity: int, max_rank: int | None = None, *, overlap: bool = False) -> StaticRouting:
         """A routing of up to `capacity` rows that a CUDA graph can capture; it goes on as adapters come and go.
 
         It covers the modules that the adapters loaded now change, and ranks up to `max_rank`, which is the largest one
-        now unless given. Siblings that share an input share work if a forward inside `routed` has shown them before.
-        Raises AdapterNotLoaded if no adapter has a low-rank product.
+        now unless given. With `overlap`, products with A run on a stream of their own, beside the base's. Siblings that
+        share an input share work if a forward inside `routed` has shown them before. Raises AdapterNotLoaded if no
+        adapter has a low-rank product.
         """
-        return self._router.static(capacity, max_rank, self._refuse_unroutable)
+        return self._router.static(capacity, max_rank, self._refuse_unroutable, overlap=overlap)
 
     def graphable(self, adapters: Sequence[str | None]) -> bool:
         """True if all of them are nothing but low-rank products: others run inside `routed` only."""

@@ -103,13 +103,15 @@ class Router:
                 self._plans.clear()
                 self._together.clear()
 
-    def static(self, capacity: int, max_rank: int | None, check: Callable[[set[str]], None]) -> StaticRouting:
+    def static(
+        self, capacity: int, max_rank: int | None, check: Callable[[set[str]], None], *, overlap: bool
+    ) -> StaticRouting:
         """See `AdapterManager.static_routing`."""
         with torch.inference_mode(False):
             groups = self._together.new_groups(max_rank)
             if not groups.groups:
                 raise AdapterNotLoaded("no adapter with low-rank products is loaded: load() one first")
-            made = StaticRouting(groups, self._batch, self._head, check, capacity)
+            made = StaticRouting(groups, self._batch, self._head, check, capacity, overlap)
         self._statics.add(made)
         return made
 

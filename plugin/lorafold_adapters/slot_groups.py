@@ -33,7 +33,7 @@ class Group:
         self.columns = max_rank * len(self.modules)
         """Ranks that a token may have in all modules together."""
         shapes = [path.scaled_b_RO for path in modules.values()]
-        self.tables = Tables(slots, [b_RO.shape[1] for b_RO in shapes], shapes[0].device)
+        self.tables = Tables(slots, [b_RO.shape[1] for b_RO in shapes], max_rank, shapes[0].device)
 
     def put(self, slot: int, paths: Mapping[nn.Module, LowRankPath]) -> None:
         """Puts an adapter into a slot. Its A's are copied unless they lie side by side, in the modules' order."""

@@ -29,7 +29,13 @@ class StaticRouting:
     """Adapters of up to `capacity` rows of one token each. Made by `AdapterManager.static_routing`."""
 
     def __init__(
-        self, groups: SlotGroups, batch: Batch, head: nn.Module | None, check: Callable[[set[str]], None], capacity: int
+        self,
+        groups: SlotGroups,
+        batch: Batch,
+        head: nn.Module | None,
+        check: Callable[[set[str]], None],
+        capacity: int,
+        overlap: bool,
     ) -> None:
         """`check` raises if these adapters may not be routed now; `batch` says whether rows are routed."""
         self.capacity = capacity
@@ -37,7 +43,9 @@ class StaticRouting:
         self._batch = batch
         self._check = check
         self._set: tuple[Sequence[str | None], Sequence[str | None]] = ((), ())
-        device = groups.groups[0].tables.a_FS.device
+        device = self._device = groups.groups[0].tables.a_FS.device
+        beside = overlap and device.type == "cuda"
+        self._side: torch.cuda.Stream | None = torch.cuda.Stream(device) if beside else None  # type: ignore[no-untyped-call]
         self._slots_2N = torch.full((2, capacity), NOBODY, dtype=torch.int32, device=device)
         self._buffer = torch.empty(self._numbers(), dtype=torch.float32, device=device)
         self._runs = [
@@ -104,15 +112,24 @@ class StaticRouting:
         parts = self.groups.kernels.parts
         return max(parts(group.inputs) * self.capacity * group.columns for group in self.groups.groups)
 
-    def add_products(self, group: Group, inputs: Tensor, slot_N: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Adds the low-rank products to the outputs of all of a group's modules, in place."""
+    def start(self, group: Group, inputs: Tensor, slot_N: Tensor) -> Tensor:
+        """Multiplies by the A's of a group; beside what follows, until `finish`, if work overlaps."""
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         tokens = len(inputs_NI)
         if tokens > self.capacity:
             raise RoutingMismatch(f"a layer got {tokens} tokens; this static routing was made for {self.capacity}")
-        shrunk_PNR = group.shrunk(self.groups.kernels, inputs_NI, slot_N[:tokens], self._buffer)
+        if self._side is None:
+            return group.shrunk(self.groups.kernels, inputs_NI, slot_N[:tokens], self._buffer)
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            return group.shrunk(self.groups.kernels, inputs_NI, slot_N[:tokens], self._buffer)
+
+    def finish(self, group: Group, shrunk_PNR: Tensor, slot_N: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Adds the products with the B's to the outputs of all of a group's modules, in place."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
         flat = [(place, tensor.view(-1, tensor.shape[-1])) for place, tensor in enumerate(outputs)]
-        self.groups.kernels.expand(shrunk_PNR, slot_N[:tokens], group.tables, flat)
+        self.groups.kernels.expand(shrunk_PNR, slot_N[: shrunk_PNR.shape[1]], group.tables, flat)
 
 
 class _GroupRun:
@@ -137,8 +154,9 @@ class _GroupRun:
             outputs = self._ready.pop(step)
         else:
             self._inputs, self._version = inputs, version_of(inputs)
+            shrunk_PNR = self._routing.start(self._group, inputs, self._slot_N)
             self._ready = {sibling: sibling.site.base(inputs).contiguous() for sibling in self.steps}
-            self._routing.add_products(self._group, inputs, self._slot_N, list(self._ready.values()))
+            self._routing.finish(self._group, shrunk_PNR, self._slot_N, list(self._ready.values()))
             outputs = self._ready.pop(step)
         if not self._ready:
             self.forget()

@@ -33,7 +33,9 @@ class SiteFactors:
 class Tables:
     """The factors of every slot's adapter at the sites of one family."""
 
-    def __init__(self, slots: int, widths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, slots: int, widths: Sequence[int], max_rank: int, device: torch.device) -> None:
+        self.max_rank = max_rank
+        """Of an adapter at one site."""
         self.widths = tuple(widths)
         """Out-features of each site."""
         self.width_J = torch.tensor(self.widths, dtype=torch.int64, device=device)
@@ -47,6 +49,7 @@ class Tables:
 
     def put(self, slot: int, a_RI: Tensor, sites: Mapping[int, SiteFactors]) -> None:
         """Puts an adapter into a slot; `sites` are those that it changes, by number."""
+        assert all(len(own.b_RO) <= self.max_rank for own in sites.values())
         a_RI = aligned(a_RI)
         sites = {
             place: SiteFactors(

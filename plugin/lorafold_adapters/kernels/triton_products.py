@@ -194,7 +194,7 @@ class TritonProducts:
             SHARE=INPUTS * triton.cdiv(triton.cdiv(inputs, parts), INPUTS),
             RANKS=ranks,
             INPUTS=INPUTS,
-            **options(inputs_NI),
+            **options(inputs_NI, stages=2),
         )
 
     def expand(self, shrunk_PNR: Tensor, slot_N: Tensor, tables: Tables, outputs: Sequence[tuple[int, Tensor]]) -> None:
@@ -224,19 +224,19 @@ class TritonProducts:
             PLACES=sum(place << (4 * turn) for turn, (place, _) in enumerate(outputs)),
             PARTS=shrunk_PNR.shape[0],
             WIDTH_UNIT=math.gcd(16, *tables.widths),
-            RANKS=ranks_at_once(shrunk_PNR.shape[2]),
+            RANKS=ranks_at_once(tables.max_rank),
             OUTPUTS=OUTPUTS,
             FIELDS=FIELDS,
-            **options(tensors[0]),
+            **options(tensors[0], stages=1),  # Most ranks need one turn, with nothing to prefetch.
         )
 
 
 def ranks_at_once(columns: int) -> int:
-    """A power of two that a tensor core takes, for so many ranks of a family."""
+    """A power of two that a tensor core takes, for so many ranks."""
     return int(min(MAX_RANKS, max(16, triton.next_power_of_2(columns))))
 
 
-def options(like: Tensor) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+def options(like: Tensor, stages: int) -> dict[str, Any]:
+    """What both kernels are compiled for. `stages`: turns of a loop whose loads are under way at once."""
     precision = "ieee" if like.dtype == torch.float32 else "tf32"
-    return {"PRECISION": precision, "TOKENS": TOKENS, "ALIGNMENT": ALIGNMENT, "num_warps": 4, "num_stages": 2}
+    return {"PRECISION": precision, "TOKENS": TOKENS, "ALIGNMENT": ALIGNMENT, "num_warps": 4, "num_stages": stages}
