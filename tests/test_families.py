@@ -15,6 +15,7 @@ from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.runner import Piece, Runner
 from lorafold.model import use_our_attention
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.slot_groups import SlotGroups
 from tests.engines import PAGE
 from tests.models import DEVICES, KINDS, apart, on, prompts, tiny_llama
 from tests.tolerances import EFFECT, LOGITS
@@ -96,6 +97,33 @@ def test_what_no_graph_can_serve_runs_eagerly(adapter_on_llama: MakeAdapter) -> 
     assert laid.replayed(["1", "0"]) is None
     assert laid.replayed(["0", None]) is not None
     assert laid.replayed([None, None]) is not None
+
+
+def test_a_two_path_step_that_cannot_be_recorded_runs_eagerly_from_then_on(adapter_on_llama: MakeAdapter) -> None:
+    tried: list[str] = []
+
+    def record(work: Any) -> Any:
+        tried.append("")
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    laid = Laid("cpu", [adapter_on_llama(seed=1, **KINDS["plain"])])
+    graphs = DecodeGraphs(laid.model, laid.cache, PLAIN, max_batch=4, context=64, record=record)
+    laid.graphed = GraphedDecode(graphs, laid.manager)
+    assert [laid.replayed(["0"]) for _ in range(4)] == [None] * 4
+    assert len(tried) == 1
+
+
+def test_adapters_beyond_the_slots_run_eagerly_and_cost_the_others_nothing(
+    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotGroups.__init__, "__kwdefaults__", {"slots": 2})
+    laid = Laid("cpu", [adapter_on_llama(seed=seed, **KINDS["plain"]) for seed in range(3)])
+    laid.replayed(["0"])
+    first = laid.graphed._routing_for(["0"])
+    for _ in range(3):
+        assert laid.replayed(["2"]) is None
+        assert laid.replayed(["0", "1"]) is not None
+    assert laid.graphed._routing_for(["0"]) is first
 
 
 def test_graphs_are_for_gpus_whose_weights_stay_where_they_are() -> None:

@@ -88,11 +88,11 @@ def test_the_engine_fails_what_ran_and_answers_what_waited(adapter_on_llama: Mak
     with Bench(tiny_llama(), slots=2) as bench:
         expected = bench.submit("expected", PROMPT, 30)
         assert isinstance(expected.last, Finished)
-    with Bench(tiny_llama(), slots=2, load_base=load_base, turn=1e9) as bench:
+    with Bench(tiny_llama(), slots=2, length=20_000, load_base=load_base, turn=1e9) as bench:
         digest = bench.load(adapter_on_llama(**KINDS["plain"]))
         bench.engine.merge(digest).result(30)
         merged = [
-            bench.submit(name, PROMPT, 100_000, adapter=digest, policy=PolicyKind.MERGED) for name in ("one", "two")
+            bench.submit(name, PROMPT, 15_000, adapter=digest, policy=PolicyKind.MERGED) for name in ("one", "two")
         ]
         waiting = bench.submit("waiting", PROMPT, 30)
         bench.engine.call(lambda: damage_the_copies(bench.manager)).result(30)

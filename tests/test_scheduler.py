@@ -117,9 +117,10 @@ def test_a_deployment_that_was_idle_has_saved_nothing_up() -> None:
 
 def test_a_full_queue_refuses_and_says_so() -> None:
     scheduler = scheduler_of(rows=1, waiting=1)
-    scheduler.add(row("a"))
-    with pytest.raises(QueueFull, match="1 requests wait"):
-        scheduler.add(row("b"))
+    for name in "ab":
+        scheduler.add(row(name))
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        scheduler.add(row("c"))
 
 
 def test_what_can_never_fit_the_cache_is_refused_at_once() -> None:
@@ -213,6 +214,52 @@ def test_the_last_to_start_gives_its_room_up_and_is_the_next_to_start_again() ->
     known = second.cached
     assert [part.tokens for part in run(scheduler) if part.row is second] == [length - known]
     assert len(second.tokens) == length + 1
+
+
+def outgrowing(scheduler: Scheduler) -> tuple[Row, Row]:
+    """Two rows of different lanes that fill the cache; the second one started last."""
+    first, second = (row(name, [start, 1, 2], max_tokens=9, adapter=name) for name, start in (("a", 1), ("b", 2)))
+    for item in (first, second):
+        scheduler.add(item)
+    admit(scheduler)
+    assert names(scheduler.running) == ["a", "b"]
+    return first, second
+
+
+def test_a_row_that_is_alone_in_its_lane_takes_room_from_another_lane() -> None:
+    scheduler = scheduler_of(pages=4)
+    first, second = outgrowing(scheduler)
+    for _ in range(4):
+        run(scheduler, "a")
+    while not (first.preempted or second.preempted):
+        assert run(scheduler, "b")
+    assert run(scheduler, "b")  # Or the engine would find nothing to run, and wait.
+    assert first.preempted == 1
+    assert not second.preempted
+
+
+@pytest.mark.parametrize(("rows", "pages"), [(2, 99), (9, 4)])
+def test_rows_that_a_held_adapter_keeps_from_running_give_their_room_to_its_own(rows: int, pages: int) -> None:
+    scheduler = scheduler_of(rows=rows, pages=pages)
+    outgrowing(scheduler)
+    for _ in range(4):
+        run(scheduler, "a")
+        run(scheduler, "b")
+    scheduler.add(row("held", 6, adapter="x"))
+    scheduler.admit(lambda item: item.request.adapter, now=2.0)
+    assert "held" not in names(scheduler.running)
+    scheduler.admit(lambda item: item.request.adapter, now=2.0, held="x")
+    assert "held" in names(scheduler.running)
+    assert run(scheduler, "x")
+    scheduler.check_integrity()
+
+
+def test_rows_that_find_a_place_at_once_do_not_count_as_waiting() -> None:
+    scheduler = scheduler_of(rows=3, waiting=1)
+    for name in "abcd":
+        scheduler.add(row(name))
+    with pytest.raises(QueueFull):
+        scheduler.add(row("e"))
 
 
 @given(

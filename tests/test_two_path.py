@@ -231,3 +231,22 @@ def test_adapters_are_stacked_where_that_is_less_work(
     ranks: dict[str, int], tokens: dict[str, int], expected: set[str]
 ) -> None:
     assert set(stackable(ranks, tokens)) == expected
+
+
+def test_a_drop_that_shrinks_a_family_leaves_the_others_their_modules(adapter_on_llama: MakeAdapter) -> None:
+    manager = AdapterManager(tiny_llama())
+    targets = {"a": ["k_proj", "v_proj"], "b": ["k_proj", "v_proj"], "c": ["q_proj"]}
+    for seed, (name, modules) in enumerate(targets.items()):
+        manager.load(name, adapter_on_llama(seed=seed, r=4, target_modules=modules))
+    ids = prompts(3, 1)
+
+    def run(rows: list[str]) -> Tensor:
+        with manager.routed(rows):
+            return logits_of(manager.model, ids[: len(rows)])
+
+    for _ in range(2):
+        run(["c", "a", "b"])  # From now on q, k and v are one family.
+    before = run(["a", "b"])
+    manager.drop("c")
+    assert apart(run(["a", "b"]), before) < LOGITS[torch.float32]
+    assert apart(run(["b", "a"]), before) > EFFECT  # Negative control.

@@ -58,16 +58,24 @@ class GraphedDecode:
         """The static routing that covers the adapters: the one there is, or a new one without graphs yet."""
         if self._routing is not None and self._routing.covers(adapters):
             return self._routing
-        if self._manager.graphable(adapters):
-            routing = self._manager.static_routing(self._graphs.max_batch)
-            if routing.covers(adapters):
-                log.info("the two-path forward is recorded anew", adapters=len(self._manager.adapters))
-                self._graphs.forget(self._routing)
-                self._routing = routing
-                return routing
         self._eager &= self._manager.adapters.keys()
-        self._eager |= {name for name in adapters if name is not None and not self._covered(name)}
+        names = {name for name in adapters if name is not None}
+        others = {name for name in names if not self._manager.graphable([name])}
+        if not others:
+            self._renew(adapters)
+            if self._routing is not None and self._routing.covers(adapters):
+                return self._routing
+            others = {name for name in names if not self._covered(name)}
+        self._eager |= others
         return None
+
+    def _renew(self, adapters: Sequence[str | None]) -> None:
+        """Makes a static routing anew, and takes it if it covers the adapters, or if there is none yet."""
+        routing = self._manager.static_routing(self._graphs.max_batch)
+        if self._routing is None or routing.covers(adapters):
+            log.info("the two-path forward is recorded anew", adapters=len(self._manager.adapters))
+            self._graphs.forget(self._routing)
+            self._routing = routing
 
     def _covered(self, name: str) -> bool:
         return self._routing is not None and self._routing.covers([name])
