@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import Tensor
 
 from lorafold_adapters.layout import Layout
+from lorafold_adapters.parts import Expand, StackExpand, StackShrink
 from lorafold_adapters.sharing import Products, Shrink
 from lorafold_adapters.slot_groups import Group, SlotGroups
 from lorafold_adapters.stacks import Stacks
-from lorafold_adapters.parts import Expand, StackExpand, StackShrink
 from lorafold_adapters.two_path import Family
 
 Parts = tuple[Shrink, dict[int, Expand]]
