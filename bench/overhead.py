@@ -4,8 +4,8 @@
 
 A Llama of 768 by 12 with random weights (4 layers with --quick); adapters on all linear layers, written by PEFT and
 read back. In every round each variant runs once, in an order that rotates: its weights are brought into place and one
-step runs before the clock starts. Reported are medians and quartiles of the per-round ratios; the last line is one
-JSON object.
+step runs before the clock starts. Reported are medians and quartiles of the per-round ratios, the ratio of the fastest
+rounds, for machines with other work, and each variant's fastest step in milliseconds; the last line is one JSON object.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from bench.environment import describe
 from bench.models import llama, placed
 from bench.rounds import Timing, measure, ratio
 from lorafold.engine.kv_cache import PagedCache
+from lorafold.engine.linear import choose_linear
 from lorafold.engine.runner import Piece, Runner
 from lorafold.model import pick_device, use_our_attention
 from lorafold_adapters import AdapterManager
@@ -75,8 +76,13 @@ def timing(runner: Runner, variant: Variant, batch: int) -> Timing:
     return timed
 
 
+def over(one: list[float], other: list[float]) -> dict[str, float]:
+    """The ratio of two variants."""
+    return {**ratio(one, other), "fastest": round(min(one) / min(other), 3)}
+
+
 def compare(runner: Runner, manager: AdapterManager, batch: int, rounds: int) -> dict[str, dict[str, float]]:
-    """The ratios at one batch size."""
+    """The ratios at one batch size, and the milliseconds of a step."""
     names = list(manager.adapters)
     unmerge = manager.unmerge_adapter
     variants = {
@@ -90,13 +96,20 @@ def compare(runner: Runner, manager: AdapterManager, batch: int, rounds: int) ->
     seconds = measure({name: timing(runner, variant, batch) for name, variant in variants.items()}, rounds)
     unmerge()
     result = {
-        "same_over_same": ratio(seconds["base_again"], seconds["base"]),
-        "merged_over_base": ratio(seconds["merged"], seconds["base"]),
-        "unmerged_over_merged_1_adapter": ratio(seconds["unmerged_1"], seconds["merged"]),
+        "milliseconds": {name: round(1e3 * min(taken) / STEPS, 2) for name, taken in seconds.items()},
+        "same_over_same": over(seconds["base_again"], seconds["base"]),
+        "merged_over_base": over(seconds["merged"], seconds["base"]),
+        "unmerged_over_merged_1_adapter": over(seconds["unmerged_1"], seconds["merged"]),
     }
     if "unmerged_8" in seconds:
-        result["unmerged_over_merged_8_adapters"] = ratio(seconds["unmerged_8"], seconds["merged"])
+        result["unmerged_over_merged_8_adapters"] = over(seconds["unmerged_8"], seconds["merged"])
     return result
+
+
+def line_of(result: dict[str, dict[str, float]]) -> str:
+    """One batch size in words: median and fastest."""
+    ratios = [f"{key} {value['median']} ({value['fastest']})" for key, value in result.items() if "median" in value]
+    return ", ".join(ratios) + f", ms {result['milliseconds']}"
 
 
 def parsed() -> argparse.Namespace:
@@ -118,16 +131,18 @@ def main() -> None:
     device = pick_device(arguments.device)
     model = placed(llama(layers), device, getattr(torch, arguments.dtype))
     use_our_attention(model)
+    choose_linear(model)
     manager = AdapterManager(model)
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in written_adapters(Path(scratch), layers, arguments.rank):
             manager.load(name, folder)
     batches = [int(batch) for batch in arguments.batches.split(",")]
     runner = Runner(model, manager, PagedCache(pages=max(batches), size=CONTEXT + 1))
+    runner.record(max(batches), CONTEXT + 1)
     results = {}
     for batch in batches:
         results[str(batch)] = compare(runner, manager, batch, rounds)
-        print(f"batch {batch}: " + ", ".join(f"{key} {value['median']}" for key, value in results[str(batch)].items()))
+        print(f"batch {batch}: {line_of(results[str(batch)])}")
     print(json.dumps({"decode_step": results, "rank": arguments.rank, "rounds": rounds, **describe(device, model)}))
 
 

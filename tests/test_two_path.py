@@ -250,3 +250,24 @@ def test_a_drop_that_shrinks_a_family_leaves_the_others_their_modules(adapter_on
     manager.drop("c")
     assert apart(run(["a", "b"]), before) < LOGITS[torch.float32]
     assert apart(run(["b", "a"]), before) > EFFECT  # Negative control.
+
+
+@pytest.mark.parametrize("tokens", [2, 100])
+def test_small_products_take_one_thread_and_give_the_others_back(tokens: int, folders: dict[str, Path]) -> None:
+    model, manager = loaded({"dora": folders["dora"]})
+    before, seen = torch.get_num_threads(), set()
+
+    class Threads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if str(function) == "aten.addmm_.default":
+                seen.add(torch.get_num_threads())
+            return function(*args, **(kwargs or {}))
+
+    torch.set_num_threads(2)
+    try:
+        with manager.routed(["dora"]), Threads():  # type: ignore[no-untyped-call]
+            logits_of(model, prompts(1, tokens))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1 if tokens == 2 else 2}

@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import Tensor
 
 from lorafold_adapters.layout import Layout
+from lorafold_adapters.parts import Expand, StackExpand, StackShrink
 from lorafold_adapters.sharing import Products, Shrink
 from lorafold_adapters.slot_groups import Group, SlotGroups
 from lorafold_adapters.stacks import Stacks
-from lorafold_adapters.steps import Expand, StackExpand, StackShrink
 from lorafold_adapters.two_path import Family
 
 Parts = tuple[Shrink, dict[int, Expand]]
@@ -77,6 +77,12 @@ class KernelExpand:
 
     shrink: KernelShrink
     place: int
+
+    @property
+    def nbytes(self) -> int:
+        """See `Expand`; of one adapter, at most."""
+        tables = self.shrink.group.tables
+        return 4 * tables.max_rank * tables.widths[self.place]
 
     def __call__(self, products: Products, outputs_NO: Tensor, tokens_per_unit: int) -> None:
         """See `Expand`."""

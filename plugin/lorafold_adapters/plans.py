@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorafold_adapters.grouped import Grouped, Parts
+from lorafold_adapters.parts import Expand, Other, Part, SpanExpand, SpanShrink
 from lorafold_adapters.paths import LowRankPath
 from lorafold_adapters.sharing import Shared, Sightings
 from lorafold_adapters.spans import Routing, Spans
-from lorafold_adapters.steps import Batch, EagerStep, Expand, Other, Part, SpanExpand, SpanShrink, Work
+from lorafold_adapters.steps import Batch, EagerStep, Work
 from lorafold_adapters.two_path import Family, Patch, Site, enter, leave
 
 
@@ -65,12 +66,13 @@ def works(family: Family, spans: Spans, grouped: Grouped | None, is_head: bool) 
         if span.adapter in family.products and span.adapter not in done
     ]
     shared = Shared(tuple(shrink for shrink, _ in columns), family) if columns else None
+    on_cpu = all(product.device.type == "cpu" for product in family.products.values())
     result: dict[int, Work] = {}
     for place, site in enumerate(family.sites):
         expands = tuple(own.get(place) for _, own in columns)
         others = others_of(site, spans)
         if others or any(expand is not None for expand in expands):
-            result[place] = Work(shared if any(expands) else None, expands, others)
+            result[place] = Work.of(shared, expands, others, on_cpu=on_cpu)
     return result
 
 
