@@ -8,7 +8,7 @@ weight's rows. Only fp32: for other dtypes torch takes oneDNN by itself.
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import cast
 
@@ -40,8 +40,9 @@ def split(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     rows, width = weight_OI.shape
     if rows % PARTS or not weight_OI.is_contiguous():
         return F.linear(inputs, weight_OI, bias_O)
-    tokens_PTI = inputs.reshape(1, -1, width).expand(PARTS, -1, width)
-    products_PTO = torch.bmm(tokens_PTI, weight_OI.view(PARTS, -1, width).mT)
+    one_sequence = inputs.dim() == 3 and inputs.shape[0] == 1
+    inputs_1TI = inputs if one_sequence else inputs.reshape(1, -1, width)
+    products_PTO = torch.bmm(inputs_1TI.expand(PARTS, -1, -1), weight_OI.view(PARTS, -1, width).mT)
     outputs = products_PTO.transpose(0, 1).reshape(*inputs.shape[:-1], rows)
     return outputs if bias_O is None else outputs + bias_O
 
@@ -52,32 +53,16 @@ MEANS: Mapping[str, Means] = {"torch": F.linear, "onednn": onednn, "split": spli
 class MeasuredLinear(nn.Linear):
     """`nn.Linear`, computed by the means that is fastest for the number of tokens. Made by swapping the class."""
 
-    lorafold_means: tuple[str, ...]
-    """Names, for each of `SIZES`."""
+    lorafold_means: tuple[Means, ...]
+    """For every number of tokens up to the last of `SIZES`; torch's own for more."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """See `nn.Linear`. A compiler does not look into it."""
+        """See `nn.Linear`. A compiler gets `split`: of oneDNN it wants weights that never change."""
         if torch.compiler.is_compiling():
-            outputs: Tensor = linear_op(inputs, self.weight, self.bias, " ".join(self.lorafold_means))
-            return outputs
-        return linear(inputs, self.weight, self.bias, self.lorafold_means)
-
-
-def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None, means: Sequence[str]) -> Tensor:
-    """A linear layer by the means named for so many tokens, torch's own for more."""
-    size = bisect_left(SIZES, inputs.numel() // weight_OI.shape[1])
-    return MEANS[means[size] if size < len(SIZES) else "torch"](inputs, weight_OI, bias_O)
-
-
-@torch.library.custom_op("lorafold::linear", mutates_args=())
-def linear_op(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None, means: str) -> Tensor:
-    """`linear` as an operator; the names are in one string."""
-    return linear(inputs, weight_OI, bias_O, means.split())
-
-
-@linear_op.register_fake
-def _(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None, means: str) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], weight_OI.shape[0])
+            return split(inputs, self.weight, self.bias)
+        tokens = inputs.numel() // self.in_features
+        means = self.lorafold_means[tokens] if tokens < len(self.lorafold_means) else F.linear
+        return means(inputs, self.weight, self.bias)
 
 
 @torch.inference_mode()
@@ -92,9 +77,10 @@ def choose_linear(model: nn.Module) -> dict[int, str]:
     measured = sample(layers)
     chosen = {size: fastest(measured, size) for size in SIZES}
     if set(chosen.values()) != {"torch"}:
+        means = tuple(MEANS[chosen[SIZES[bisect_left(SIZES, tokens)]]] for tokens in range(SIZES[-1] + 1))
         for layer in layers:
             layer.__class__ = MeasuredLinear
-            cast(MeasuredLinear, layer).lorafold_means = tuple(chosen.values())
+            cast(MeasuredLinear, layer).lorafold_means = means
     return chosen
 
 
