@@ -18,7 +18,7 @@ from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO, RunningServer
 from tests.kinds import WORKING
 from tests.models import assert_same_weights, save_adapter, tiny_llama, weights_of
-from tests.test_cli import lorafold
+from tests.processes import lorafold
 from tests.test_export_socket import folder, own  # noqa: F401  The server that may export.
 
 BASE = str(DEMO / "base")

@@ -9,7 +9,7 @@ import pytest
 from lorafold_adapters.stamp import STAMP_FILE, read_stamp
 from tests.conftest import DEMO
 from tests.models import tiny_llama
-from tests.test_cli import lorafold
+from tests.processes import lorafold
 
 BASE = str(DEMO / "base")
 

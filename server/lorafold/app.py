@@ -14,6 +14,7 @@ from lorafold.config import Config
 from lorafold.errors import ConfigError
 from lorafold.exports import Exports
 from lorafold.metrics import Metrics
+from lorafold.own_thread import in_own_thread
 from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.recipes import folders_of
 from lorafold.services.deployment import DeploymentService
@@ -61,7 +62,7 @@ class App:
         await self._health.enter_graceful_shutdown()
         self.parts.engine.release()  # Or requests that wait on a held adapter could not finish.
         await self._server.stop(self.parts.config.server.grace_seconds if grace is None else grace)
-        await asyncio.to_thread(self.parts.engine.stop)
+        await in_own_thread(self.parts.engine.stop)
         await self._watch
         self._stop_metrics()
 
@@ -85,7 +86,7 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
         await set_health(parts.health, True)
         await app.listen()
     except BaseException:
-        await (asyncio.to_thread(parts.engine.stop) if app is None else app.stop(0))
+        await (in_own_thread(parts.engine.stop) if app is None else app.stop(0))
         raise
     return app
 

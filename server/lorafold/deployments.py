@@ -20,6 +20,7 @@ import structlog
 from lorafold.config import BASE, NAME_PATTERN
 from lorafold.engine.loop import Engine
 from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
+from lorafold.own_thread import in_own_thread
 from lorafold.recipes import Recipe, Source
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
@@ -191,14 +192,14 @@ class Deployments:
             for (bound, _), part in zip(parts, source.parts, strict=True)
         )
         weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
-        bound = await asyncio.to_thread(self._manager.compose, weighted, source.spec)
+        bound = await in_own_thread(self._manager.compose, weighted, source.spec)
         return await self._with_routes(bound), least_sure(match for _, match in parts), ingredients
 
     async def _read_folder(self, path: str) -> tuple[BoundAdapter, Match]:
         async with self._binding:
-            checkpoint = await asyncio.to_thread(read_checkpoint, self._folder / path)
-            bound = await asyncio.to_thread(self._manager.bind, checkpoint)
-            match = await asyncio.to_thread(self._stamps.check, checkpoint)
+            checkpoint = await in_own_thread(read_checkpoint, self._folder / path)
+            bound = await in_own_thread(self._manager.bind, checkpoint)
+            match = await in_own_thread(self._stamps.check, checkpoint)
         return bound, match
 
     async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:

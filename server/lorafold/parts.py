@@ -24,6 +24,7 @@ from lorafold.engine.weights import WeightsControl
 from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase, load_base, load_model, load_weights
+from lorafold.own_thread import in_own_thread
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.errors import BaseMismatch
@@ -60,11 +61,11 @@ class Parts:
 async def load_parts(config: Config, say: Say) -> Parts:
     """Everything but the network. Raises ModelUnsupported."""
     path = local_model_path(config)
-    before = await asyncio.to_thread(model_files, path)
+    before = await in_own_thread(model_files, path)
     base = await timed(say, "loaded the base", lambda: load_base(config.base, path))
     model = base.model
     say(f"  {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters, {model.dtype}, {model.device}")
-    entry = cache_entry(fingerprint_folder(config), model, before, await asyncio.to_thread(model_files, path))
+    entry = cache_entry(fingerprint_folder(config), model, before, await in_own_thread(model_files, path))
     folder = Path(before[0][0]).parent if before else None
     manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config, path, folder))
     say(f"  base {manager.base.digest[:12]}")
@@ -72,9 +73,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
     loop = asyncio.get_running_loop()
     died: asyncio.Future[BaseException | None] = loop.create_future()
     limits = config.engine
-    pool = make_pool(config.engine, base)
-    runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
-    await timed(say, "made the cache", runner.warm_up)
+    pool, runner = await timed(say, "made the cache", lambda: make_cache(config.engine, base, manager))
     if limits.compile:
         await timed(say, "compiled the decode step", runner.compile)
     if model.device.type == "cuda":
@@ -119,6 +118,14 @@ async def load_parts(config: Config, say: Say) -> Parts:
 def prefill_tokens(limits: EngineConfig, device: torch.device) -> int:
     """Tokens of one step at most, as declared or as suits the device."""
     return limits.prefill_tokens or PREFILL_TOKENS[device.type]
+
+
+def make_cache(limits: EngineConfig, base: LoadedBase, manager: AdapterManager) -> tuple[PagePool, Runner]:
+    """Cache and runner, with the memory that they need. Raises DeviceFull."""
+    pool = make_pool(limits, base)
+    runner = Runner(base.model, manager, PagedCache(pages=pool.pages, size=pool.size))
+    runner.warm_up()
+    return pool, runner
 
 
 def make_pool(limits: EngineConfig, base: LoadedBase) -> PagePool:
@@ -170,6 +177,6 @@ async def set_health(servicer: health.aio.HealthServicer, serving: bool) -> None
 async def timed(say: Say, what: str, work: Callable[[], T]) -> T:
     """Runs `work` in a thread and says how long it took."""
     start = time.perf_counter()
-    result = await asyncio.to_thread(work)
+    result = await in_own_thread(work)
     say(f"{what} in {time.perf_counter() - start:.1f} s")
     return result
