@@ -19,6 +19,7 @@ from bench.models import shaped, shell
 from bench.peers import ContinuousBatching, Peer, generate
 from bench.peft_peers import Peft
 from bench.serving import tokenizer_of
+from bench.teams import release_team
 from bench.work import Run, Work
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
@@ -54,6 +55,13 @@ class Bed:
     """By name: does some work and says what came of it."""
     close_peers: Callable[[], None]
     """Frees what peers keep for one size of batch."""
+
+    def leave_cores(self) -> None:
+        """On a CPU: ends the threads in which somebody computed, so that the next has all cores to itself."""
+        if self.base.device.type == "cpu":
+            self.close_peers()
+            self.driven.call(release_team)
+            release_team()
 
 
 @contextmanager

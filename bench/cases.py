@@ -78,7 +78,7 @@ def run_case(case: Case, bed: Bed, bandwidth: Callable[[], float], rounds: Round
     vocabulary = bed.base.config.vocab_size
     work = drawn(case.batch, case.prompt, case.answer, vocabulary)
     variants = {name: bed.variants[name] for name in case.names}
-    failed = warm_up(variants, drawn(case.batch, 4, 2, vocabulary) if rounds.short_warm_up else work)
+    failed = warm_up(variants, bed, drawn(case.batch, 4, 2, vocabulary) if rounds.short_warm_up else work)
     names = [name for name in variants if name not in failed]
     runs: dict[str, list[Run]] = {name: [] for name in names}
     bandwidths: list[float] = []
@@ -90,16 +90,18 @@ def run_case(case: Case, bed: Bed, bandwidth: Callable[[], float], rounds: Round
         turn = len(bandwidths) % len(names)
         bandwidths.append(bandwidth())
         for name in names[turn:] + names[:turn]:
+            bed.leave_cores()
             runs[name].append(variants[name](work))
         last = time.perf_counter() - start
     bed.close_peers()
     return Measured(runs=runs, bandwidths=bandwidths, failed=failed)
 
 
-def warm_up(variants: Mapping[str, Peer], work: Work) -> dict[str, str]:
+def warm_up(variants: Mapping[str, Peer], bed: Bed, work: Work) -> dict[str, str]:
     """Runs each once; the peers that cannot, and what they said. What goes wrong with us is raised."""
     failed: dict[str, str] = {}
     for name, variant in variants.items():
+        bed.leave_cores()
         try:
             variant(work)
         except Exception as error:

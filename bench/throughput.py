@@ -29,6 +29,7 @@ from bench.plans import CLIENTS, Plan, Stream
 from bench.roofline import Memory, bytes_per_step
 from bench.rounds import ratio, record
 from bench.targets import missed
+from bench.teams import release_team
 from bench.work import drawn, steps_of
 from lorafold.config import LogConfig
 from lorafold.logs import set_up_logging
@@ -68,6 +69,7 @@ def run_stream(stream: Stream, device: torch.device, dtype: torch.dtype) -> dict
     work = drawn(CLIENTS, stream.prompt, stream.answer, skeleton(stream.shape, dtype).config.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         serving.write_base(shaped(stream.shape, device, dtype), Path(scratch))
+        release_team()
         seconds, equal = serving.compare(Path(scratch), device, work, stream.rounds)
     if not equal and dtype == torch.float32:
         raise RuntimeError("clients got other tokens than the engine gives in process")
