@@ -24,7 +24,9 @@ ROUNDS = 5
 PARTS = 8
 """Products that `split` makes of one. Measured on 2 cores: 2 are too few, from 8 on it makes no difference."""
 SAMPLE_BYTES = 2**28
-"""Weights that are measured: more than caches hold, as when a whole model runs."""
+LEAST_BYTES = 2**26
+"""Weights that are measured for one token, and for many, with which reading them matters less: more than caches hold,
+as when a whole model runs."""
 CLEARLY = 0.95
 """Share of torch's own time that another means must stay below."""
 
@@ -74,8 +76,7 @@ def choose_linear(model: nn.Module) -> dict[int, str]:
     layers = [module for module in model.modules() if type(module) is nn.Linear and on_cpu(module.weight)]
     if not layers:
         return {}
-    measured = sample(layers)
-    chosen = {size: fastest(measured, size) for size in SIZES}
+    chosen = {size: fastest(sample(layers, max(SAMPLE_BYTES // size, LEAST_BYTES)), size) for size in SIZES}
     if set(chosen.values()) != {"torch"}:
         means = tuple(MEANS[chosen[SIZES[bisect_left(SIZES, tokens)]]] for tokens in range(SIZES[-1] + 1))
         for layer in layers:
@@ -89,19 +90,21 @@ def on_cpu(weight_OI: Tensor) -> bool:
     return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
 
 
-def sample(layers: list[nn.Linear]) -> list[nn.Linear]:
-    """The first layers, up to `SAMPLE_BYTES`."""
+def sample(layers: list[nn.Linear], nbytes: int) -> list[nn.Linear]:
+    """The first layers, up to so many bytes."""
     before = accumulate((layer.weight.nbytes for layer in layers), initial=0)
-    return [layer for layer, passed in zip(layers, before, strict=False) if passed < SAMPLE_BYTES]
+    return [layer for layer, passed in zip(layers, before, strict=False) if passed < nbytes]
 
 
 def fastest(layers: list[nn.Linear], tokens: int) -> str:
-    """The name of the means that takes least time for all of `layers`."""
+    """The name of the means that takes least time for all of `layers`, measured in turn."""
     inputs = {layer.in_features: torch.randn(tokens, layer.in_features) for layer in layers}
     work = [(inputs[layer.in_features], layer) for layer in layers]
-    seconds = {name: min(timings(means, work)) for name, means in usable(work).items()}
-    best = min(seconds, key=seconds.__getitem__)
-    return best if seconds[best] < CLEARLY * seconds["torch"] else "torch"
+    found = usable(work)
+    rounds = [{name: seconds(means, work) for name, means in found.items()} for _ in range(ROUNDS)]
+    least = {name: min(taken[name] for taken in rounds) for name in rounds[0]}
+    best = min(least, key=least.__getitem__)
+    return best if least[best] < CLEARLY * least["torch"] else "torch"
 
 
 def usable(work: list[tuple[Tensor, nn.Linear]]) -> dict[str, Means]:
@@ -120,12 +123,9 @@ def usable(work: list[tuple[Tensor, nn.Linear]]) -> dict[str, Means]:
     return found
 
 
-def timings(means: Means, work: list[tuple[Tensor, nn.Linear]]) -> list[float]:
-    """Seconds of each round."""
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for inputs, layer in work:
-            means(inputs, layer.weight, layer.bias)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def seconds(means: Means, work: list[tuple[Tensor, nn.Linear]]) -> float:
+    """How long all layers take."""
+    start = time.perf_counter()
+    for inputs, layer in work:
+        means(inputs, layer.weight, layer.bias)
+    return time.perf_counter() - start
