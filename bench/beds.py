@@ -26,7 +26,9 @@ from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.policy import PolicyKind
 
 ADAPTERS = 8
-OURS = ("merged", "merged_again", "base", "unmerged_1", "unmerged_8")
+COMPILED = "compiled"
+"""The folded engine with `engine.compile`, on a CPU."""
+OURS = ("merged", "merged_again", "base", "unmerged_1", "unmerged_8", COMPILED)
 PEERS = ("generate_dynamic", "generate_static", "continuous_batching", "peft_mixed", "peft_unmerged", "peft_merged")
 SEVERAL = ("unmerged_8", "peft_mixed")
 """Variants with all adapters in one batch: only for batches that are large enough."""
@@ -51,6 +53,8 @@ class Bed:
     base: LlamaForCausalLM
     """As it was drawn; nobody changes its tensors."""
     driven: Driven
+    others: Sequence[Driven]
+    """More engines of ours."""
     variants: Mapping[str, Peer]
     """By name: does some work and says what came of it."""
     close_peers: Callable[[], None]
@@ -60,7 +64,8 @@ class Bed:
         """On a CPU: ends the threads in which somebody computed, so that the next has all cores to itself."""
         if self.base.device.type == "cpu":
             self.close_peers()
-            self.driven.call(release_team)
+            for driven in (self.driven, *self.others):
+                driven.call(release_team)
             release_team()
 
 
@@ -71,15 +76,15 @@ def bed_of(
     """The variants of `names` on one shape."""
     base = shaped(shape, device, dtype)
     folders = [write_low_rank(base, scratch / f"adapter-{seed}", seed, rank) for seed in range(ADAPTERS)]
-    tokenizer = tokenizer_of(base.config.vocab_size)
-    engine, manager = engine_of(
-        copy.deepcopy(base), tokenizer, slots=size.slots, context=size.context, prefill_tokens=size.prefill
-    )
-    bound = [manager.bind(folder) for folder in folders]
     with ExitStack() as stack:
-        driven = stack.enter_context(Driven(engine, manager))
-        driven.put_on(bound)
+        driven, bound = stack.enter_context(driving(base, folders, size))
+        manager = driven.manager
         variants = ours(driven, bound)
+        others = []
+        if COMPILED in names:
+            other, adapters = stack.enter_context(driving(base, folders[:1], size, compiled=True))
+            variants[COMPILED] = partial(other.run, adapters=adapters, policy=PolicyKind.MERGED)
+            others.append(other)
         batching = None
         if set(names) & {"generate_dynamic", "generate_static", "continuous_batching"}:
             folded = with_adapter(base, manager, bound[0])
@@ -91,9 +96,29 @@ def bed_of(
         yield Bed(
             base=base,
             driven=driven,
+            others=others,
             variants={name: variants[name] for name in names},
             close_peers=batching.close if batching else lambda: None,
         )
+
+
+@contextmanager
+def driving(
+    base: LlamaForCausalLM, folders: Sequence[Path], size: Size, *, compiled: bool = False
+) -> Iterator[tuple[Driven, list[BoundAdapter]]]:
+    """An engine on a copy of `base`, running, with adapters on it."""
+    engine, manager = engine_of(
+        copy.deepcopy(base),
+        tokenizer_of(base.config.vocab_size),
+        slots=size.slots,
+        context=size.context,
+        prefill_tokens=size.prefill,
+        compiled=compiled,
+    )
+    bound = [manager.bind(folder) for folder in folders]
+    with Driven(engine, manager) as driven:
+        driven.put_on(bound)
+        yield driven, bound
 
 
 def ours(driven: Driven, adapters: Sequence[BoundAdapter]) -> dict[str, Peer]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.beds import ADAPTERS, PEERS, SEVERAL, Bed
+from bench.beds import ADAPTERS, COMPILED, PEERS, SEVERAL, Bed
 from bench.peers import Peer
 from bench.rounds import ratio
 from bench.work import Run, Work, drawn, share_equal, steps_of
@@ -23,11 +23,13 @@ RATIOS = {
     "merged_over_base": ("merged", "base"),
     "peft_unmerged_over_merged": ("peft_unmerged", "peft_merged"),
     "same_over_same": ("merged_again", "merged"),
+    "compiled_over_merged": ("merged", COMPILED),
 }
 # Ours and the oracle of its tokens: the same weights, or the same adapters.
 ORACLES = (
     ("merged", "generate_dynamic"),
     ("merged", "generate_static"),
+    (COMPILED, "generate_dynamic"),
     ("unmerged_1", "generate_dynamic"),
     ("unmerged_8", "peft_mixed"),
 )
@@ -131,10 +133,11 @@ def compared(above: list[float], below: list[float]) -> dict[str, Any]:
     return {**ratio(above, below), "of_fastest": round(min(above) / min(below), 3)}
 
 
-def roofline_share(measured: Measured, step_bytes: int) -> dict[str, float]:
+def roofline_shares(measured: Measured, step_bytes: int) -> dict[str, dict[str, float]]:
     """Time in which memory gives a step's bytes, over the time of the step, round for round."""
     limits = [step_bytes / bandwidth for bandwidth in measured.bandwidths]
-    return ratio(limits, steps_of(measured.runs["merged"]))
+    runs = {"roofline_share": measured.runs["merged"], "roofline_share_compiled": measured.runs.get(COMPILED)}
+    return {name: ratio(limits, steps_of(of)) for name, of in runs.items() if of is not None}
 
 
 def equal_rows(measured: Measured) -> dict[str, float]:

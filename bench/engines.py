@@ -36,7 +36,13 @@ LONGEST = 600.0
 
 
 def engine_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, slots: int, context: int, prefill_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    slots: int,
+    context: int,
+    prefill_tokens: int,
+    compiled: bool = False,
 ) -> tuple[Engine, AdapterManager]:
     """An engine on `model`, not started: `slots` sequences of `context` tokens."""
     use_our_attention(model)
@@ -46,6 +52,8 @@ def engine_of(
     pool = PagePool(pages=1 + slots * -(-context // PAGE_TOKENS), size=PAGE_TOKENS)
     runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
     runner.warm_up()
+    if compiled:
+        runner.compile()
     engine = Engine(
         runner=runner,
         weights=WeightsControl(manager, TurnTaking(TURN_SECONDS), metrics.weights_changed, no_second_base),

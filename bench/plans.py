@@ -1,12 +1,13 @@
 """What `bench.throughput` measures: which batches of which shapes, which variants in each, how often. Plain data."""
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bench.beds import OURS, PEERS, Size
+from bench.beds import COMPILED, OURS, PEERS, Size
 from bench.cases import Case, Rounds
 from bench.models import SHAPES
 
@@ -67,14 +68,14 @@ QUICK = Plan(
         Case(
             shape="mid",
             batch=1,
-            prompt=32,
+            prompt=16,
             answer=16,
-            variants=("merged", "base", "unmerged_1", *GROUPS["generate"], *GROUPS["continuous"]),
+            variants=("merged", "base", "unmerged_1", "generate_dynamic", "continuous_batching"),
         ),
         Case(
             shape="mid",
             batch=8,
-            prompt=32,
+            prompt=16,
             answer=8,
             variants=("merged", "unmerged_1", "unmerged_8", "generate_dynamic", "continuous_batching", "peft_mixed"),
         ),
@@ -83,8 +84,8 @@ QUICK = Plan(
     stream=Stream(shape="mid", prompt=8, answer=12, rounds=3),
     left_out=(
         "the tiny shape, and batch 32",
-        "prompts of 64 and 512: here they have 32 tokens, through gRPC 8",
-        "at batch 8 the static cache, and merged over base",
+        "prompts of 64 and 512: here they have 16 tokens, through gRPC 8",
+        "the static cache, the compiled engine, and at batch 8 merged over base",
         "PEFT's own unmerged over merged",
         "more rounds",
     ),
@@ -117,7 +118,8 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> Plan:
     batches = numbers(arguments.batches or ("1,8,32,64" if on_gpu else "1,8,32"))
     groups = arguments.peers or ",".join(list(GROUPS)[: -1 if on_gpu else None])  # Which needs one more copy.
     peers = [name for group in groups.split(",") if group != "none" for name in GROUPS[group]]
-    variants = tuple(name for name in (*OURS, *PEERS) if name in OURS or name in peers)
+    mine = [name for name in OURS if name != COMPILED or compiles(device)]
+    variants = (*mine, *(name for name in PEERS if name in peers))
     prompts = numbers(arguments.prompts)
     cases = tuple(
         Case(shape=shape, batch=batch, prompt=prompt, answer=arguments.answer, variants=variants)
@@ -131,8 +133,13 @@ def planned(arguments: argparse.Namespace, device: torch.device) -> Plan:
         cases=cases,
         rounds=Rounds(seconds=arguments.seconds, least=3, most=25, short_warm_up=False),
         stream=None if arguments.no_grpc else stream,
-        left_out=(),
+        left_out=() if on_gpu or compiles(device) else ("the compiled engine: there is no g++",),
     )
+
+
+def compiles(device: torch.device) -> bool:
+    """True where `engine.compile` does something."""
+    return device.type == "cpu" and shutil.which("g++") is not None
 
 
 def numbers(text: str) -> Sequence[int]:

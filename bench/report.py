@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bench.cases import Case, Measured, equal_rows, ratios, roofline_share
+from bench.cases import Case, Measured, equal_rows, ratios, roofline_shares
 from bench.plans import Plan
 from bench.work import steps_of
 
@@ -14,6 +14,7 @@ BY_BATCH = (
     "unmerged_over_merged",
     "unmerged_over_merged_8_adapters",
     "peft_unmerged_over_merged",
+    "compiled_over_merged",
 )
 EQUAL_IN_FP32 = "generate_dynamic = continuous_batching"
 """The one comparison of tokens in which we have no part."""
@@ -22,7 +23,7 @@ EQUAL_IN_FP32 = "generate_dynamic = continuous_batching"
 def outcome(measured: Measured, step_bytes: int, *, absolute: bool) -> dict[str, Any]:
     """Everything that is said of one case; milliseconds only where they are worth something."""
     found: dict[str, Any] = {
-        "ratios": {**ratios(measured), "roofline_share": roofline_share(measured, step_bytes)},
+        "ratios": {**ratios(measured), **roofline_shares(measured, step_bytes)},
         "equal_rows": equal_rows(measured),
         "rounds": len(measured.bandwidths),
         "failed": dict(measured.failed),
@@ -65,7 +66,8 @@ def headline(plan: Plan, outcomes: Mapping[Case, Mapping[str, Any]]) -> dict[str
         (value for found in cases.values() if (value := median(found, "over_peft_mixed"))), None
     )
     result["merged_over_base"] = median(smallest, "merged_over_base")
-    result["roofline_share"] = median(smallest, "roofline_share")
+    for name in ("roofline_share", "roofline_share_compiled"):
+        result[name] = median(smallest, name)
     return result
 
 

@@ -9,6 +9,7 @@ TARGETS: dict[str, dict[str, dict[str | None, float]]] = {
         "over_generate": {"1": 1.0, "8": 1.1, "32": 1.1},
         "over_continuous_batching": {None: 1.2},
         "roofline_share": {None: 0.7},
+        "roofline_share_compiled": {None: 0.7},
         "over_peft_mixed": {None: 2.0},
         "unmerged_over_merged": {"8": 1.10},
         "unmerged_over_merged_8_adapters": {"8": 1.25},
