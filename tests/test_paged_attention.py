@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafold.engine.paged_attention import MAX_SPLITS, choose_splits, decode, store
+from lorafold.engine.paged_attention import MAX_SPLITS, choose_splits, decode
 from tests.interpreter import compile_for_h100, interpreted
 from tests.paged import DEVICE, PAGE, Pages, distance, fill_pages, plain_attention, poisoned_buffers
 from tests.tolerances import ATTENTION
@@ -131,20 +131,6 @@ def test_strided_queries_and_a_given_output_are_taken_as_they_are() -> None:
     assert packed_THD[[0, 3, 4]].eq(7.0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("kernels")
-def test_store_writes_the_named_places_bit_for_bit_and_no_other(dtype: torch.dtype) -> None:
-    key_KTD, value_TKD = torch.randn(3, 6, 80).to(DEVICE, dtype), torch.randn(6, 3, 80).to(DEVICE, dtype)
-    keys, values = torch.zeros(2, 4, PAGE, 3, 80, dtype=dtype, device=DEVICE)
-    place_T = torch.tensor([5, PAGE, -1, 3 * PAGE + 15, -1, 2 * PAGE - 1], device=DEVICE)
-    store(key_KTD.transpose(0, 1), value_TKD, keys, values, place_T)
-    real = place_T >= 0
-    for cache, new_TKD in ((keys, key_KTD.transpose(0, 1)), (values, value_TKD)):
-        right = torch.zeros_like(cache)
-        right.flatten(0, 1)[place_T[real]] = new_TKD[real]
-        assert torch.equal(cache, right)
-
-
 def test_splits_fill_the_device_and_never_exceed_the_blocks() -> None:
     assert choose_splits(programs=8, blocks=1000, processors=132) == MAX_SPLITS
     assert choose_splits(programs=512, blocks=1000, processors=132) == 2
@@ -164,10 +150,9 @@ def test_what_the_launchers_ask_for_compiles_for_an_h100(
 
     def launch() -> None:
         decode(query, pages.keys_PSKD, pages.values_PSKD, pages.pages_BN, pages.length_B, scale=1.0, softcap=softcap)
-        store(query[:, :2], query[:, 2:4], pages.keys_PSKD, pages.values_PSKD, pages.places(0)[:1])
 
     compiled = compile_for_h100(launch, paged_kernels, EXACT=dtype == torch.float32)
-    assert compiled == ["decode_splits", "merge_splits", "store_tokens"]
+    assert compiled == ["decode_splits", "merge_splits"]
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorafold.engine.detokenize import TextStream
 from lorafold.engine.pages import PagePool
 from lorafold.engine.scheduler import Part, Row, Scheduler
-from lorafold.errors import KvFull, QueueFull
+from lorafold.errors import InvalidField, KvFull, QueueFull
 from lorafold.requests import Request
 from lorafold_adapters.policy import PolicyKind
 
@@ -121,6 +121,15 @@ def test_a_full_queue_refuses_and_says_so() -> None:
         scheduler.add(row(name))
     with pytest.raises(QueueFull, match="2 requests wait"):
         scheduler.add(row("c"))
+
+
+def test_more_completions_than_places_are_not_told_to_come_back() -> None:
+    scheduler = scheduler_of(rows=2, waiting=1)
+    scheduler.add(*map(row, "abc"))
+    with pytest.raises(QueueFull):
+        scheduler.add(*map(row, "def"))
+    with pytest.raises(InvalidField, match=r"4 completions, but .* allow 3"):
+        scheduler.add(*map(row, "defg"))
 
 
 def test_what_can_never_fit_the_cache_is_refused_at_once() -> None:

@@ -29,11 +29,6 @@ class Layout:
             self._rows = torch.tensor(rows, device=device)
             self._places = None if len(places) == self.slots * self.each else torch.tensor(places, device=device)
 
-    @property
-    def in_order(self) -> bool:
-        """True if the tokens are neighbours and sorted by slot: then nothing is moved."""
-        return self._gather is None
-
     def taken(self, all_NC: Tensor) -> Tensor:
         """The tokens [G, P, C]; a view if they are in order."""
         if self._gather is None:

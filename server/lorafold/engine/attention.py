@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lorafold.engine.attention_means import Kind, Means
+from lorafold.engine.attention_math import Kind
+from lorafold.engine.attention_means import Means
 from lorafold.engine.compiled import attend_op
 from lorafold.engine.step import Step
 

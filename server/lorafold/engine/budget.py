@@ -1,7 +1,10 @@
 """How many pages the cache of keys and values gets: what is declared, or what the device can spare."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -72,10 +75,25 @@ def step_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def free_host_bytes() -> int:
-    """Memory that programs can still have, as Linux tells it; elsewhere all that there is."""
+    """Memory that this process can still have: of a container's limit, or as Linux tells it; elsewhere all there is."""
     try:
         with open("/proc/meminfo") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
+        return min([int(available.split()[1]) * 1024, *left_of_limits()])
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def left_of_limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What the limit of this process's control group leaves, version 2 or 1; nothing if there is none.
+
+    Files that are cached count as used there, and are given up when memory is wanted.
+    """
+    for folder, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no number, and no limit.
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            spare = int(statistics.get("inactive_file", 0))
+            yield int((folder / limit).read_text()) - int((folder / used).read_text()) + spare

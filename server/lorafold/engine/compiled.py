@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorafold.engine.attention_means import IN_PLACE, Kind
+from lorafold.engine.attention_math import Kind
+from lorafold.engine.attention_means import IN_PLACE
 from lorafold.engine.step import Step
 
 _steps: dict[int, Step] = {}

@@ -90,34 +90,6 @@ def decode(
     return out
 
 
-def store(key_TKD: Tensor, value_TKD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, place_T: Tensor) -> None:
-    """Copies tokens into the cache: token `t` to place `place_T[t] % S` of page `place_T[t] // S`; below 0 none.
-
-    `place_T` is int64 on the device; no place may be named twice.
-    """
-    check_cache(keys_PSKD, values_PSKD, key_TKD)
-    from lorafold.engine import paged_kernels
-
-    tokens, kv_heads, width = key_TKD.shape
-    key_TKD, value_TKD = (new if new.stride(-1) == 1 else new.contiguous() for new in (key_TKD, value_TKD))
-    paged_kernels.store_tokens[(tokens,)](
-        key_TKD,
-        value_TKD,
-        keys_PSKD,
-        values_PSKD,
-        place_T,
-        *key_TKD.stride()[:2],
-        *value_TKD.stride()[:2],
-        *keys_PSKD.stride()[:3],
-        KV_HEADS=kv_heads,
-        WIDTH=width,
-        PAGE=keys_PSKD.shape[1],
-        ROWS=_power_of_two(kv_heads),
-        DIM=_power_of_two(width),
-        num_warps=4,
-    )
-
-
 def choose_splits(programs: int, blocks: int, processors: int) -> int:
     """How many programs share a sequence: enough to fill the device, no more than there are blocks; a power of two."""
     wanted = ceil_div(PROGRAMS_EACH * processors, max(programs, 1))

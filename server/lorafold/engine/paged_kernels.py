@@ -146,33 +146,3 @@ def merge_splits(
     partial_CD = tl.load(partial + at_C[:, None] * WIDTH + dim_D[None, :], full_CD, 0.0)
     merged_D = tl.sum(partial_CD * weight_C[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * out_row + head * out_head + dim_D, merged_D, dim_D < WIDTH)
-
-
-@triton.jit
-def store_tokens(
-    key,
-    value,
-    keys,
-    values,
-    places,
-    key_token,
-    key_head,
-    value_token,
-    value_head,
-    page_stride,
-    place_stride,
-    head_stride,
-    KV_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    """Program (token): copies its key and value to its place, page * PAGE + offset; none for a place below 0."""
-    token = tl.program_id(0)
-    place = tl.load(places + token)
-    head_K, dim_D = tl.arange(0, ROWS)[:, None], tl.arange(0, DIM)[None, :]
-    real_KD = (head_K < KV_HEADS) & (dim_D < WIDTH) & (place >= 0)
-    at_KD = place // PAGE * page_stride + place % PAGE * place_stride + head_K * head_stride + dim_D
-    tl.store(keys + at_KD, tl.load(key + token * key_token + head_K * key_head + dim_D, real_KD), real_KD)
-    tl.store(values + at_KD, tl.load(value + token * value_token + head_K * value_head + dim_D, real_KD), real_KD)

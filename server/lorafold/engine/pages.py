@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from lorafold.errors import KvFull
 
 TAKEN, FREE, PROMISED = 0, 1, 2
-Key = tuple[int, tuple[int, ...]]
-"""What was known of the page before, and the page's tokens."""
+Node = int | str
+"""What a sealed page is known by; before the first page, the adapter's digest."""
+Key = tuple[Node, tuple[int, ...]]
+"""The node of the page before, and the page's tokens."""
 SCRATCH = 0
 """The page that is nobody's: rows that only pad a batch write here."""
 
@@ -29,10 +31,13 @@ class Holding:
     pages: list[int] = field(default_factory=list)
     promised_until: int = 0
     """One past the last page that the sequence may grow into in one piece."""
-    node: int = 0
-    """What `PagePool` knows the last sealed page by; 0: none is sealed."""
+    node: Node = field(init=False)
+    """Of the last sealed page."""
     sealed: int = 0
     """Pages from the first whose content is settled and known to the pool."""
+
+    def __post_init__(self) -> None:
+        self.node = self.adapter
 
 
 class PagePool:
@@ -45,7 +50,6 @@ class PagePool:
         self._neighbours = neighbours
         self._state = bytearray([TAKEN] + [FREE] * (pages - 1))
         self._users = [0] * pages
-        self._roots: dict[str, int] = {}
         self._nodes: dict[Key, tuple[int, int]] = {}
         """Node and page."""
         self._keys: dict[int, Key] = {}
@@ -76,15 +80,14 @@ class PagePool:
     def start(self, adapter: str | None, tokens: Sequence[int]) -> Holding:
         """A new sequence, with the pages of its longest known prefix that leaves a token to compute."""
         holding = Holding(adapter or "")
-        node = self._roots.get(holding.adapter, 0)
         for end in range(self.size, len(tokens), self.size):
-            found = self._nodes.get((node, tuple(tokens[end - self.size : end])))
+            found = self._nodes.get((holding.node, tuple(tokens[end - self.size : end])))
             if found is None:
                 break
-            node, page = found
+            holding.node, page = found
             self._use(page)
             holding.pages.append(page)
-            holding.node, holding.sealed = node, holding.sealed + 1
+            holding.sealed += 1
         return holding
 
     def grow(self, holding: Holding, tokens: int, *, at_most: int) -> None:
@@ -99,8 +102,6 @@ class PagePool:
         """Makes the full pages known whose tokens are all computed, `cached` of `tokens`."""
         while (holding.sealed + 1) * self.size <= cached:
             part = tuple(tokens[holding.sealed * self.size : (holding.sealed + 1) * self.size])
-            if not holding.sealed:
-                holding.node = self._root(holding.adapter)
             key = (holding.node, part)
             if key not in self._nodes:
                 self._last_node += 1
@@ -131,7 +132,6 @@ class PagePool:
         self._unused.clear()
         self._nodes.clear()
         self._keys.clear()
-        self._roots.clear()
 
     def _next(self, holding: Holding, further: int) -> int:
         """A page for the end of a sequence that may grow by `further` pages, this one included."""
@@ -166,12 +166,6 @@ class PagePool:
     def _use(self, page: int) -> None:
         self._users[page] += 1
         self._unused.pop(page, None)
-
-    def _root(self, adapter: str) -> int:
-        if adapter not in self._roots:
-            self._last_node += 1
-            self._roots[adapter] = self._last_node
-        return self._roots[adapter]
 
     def check_integrity(self, holdings: Sequence[Holding]) -> None:
         """Every page is free, promised, kept for later, or in use by just those who say so."""

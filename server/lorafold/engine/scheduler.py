@@ -13,7 +13,7 @@ from lorafold.engine.detokenize import TextStream
 from lorafold.engine.fair_queue import FairQueue
 from lorafold.engine.pages import Holding, PagePool
 from lorafold.engine.sampling_state import SamplingState
-from lorafold.errors import KvFull, QueueFull
+from lorafold.errors import InvalidField, KvFull, QueueFull
 from lorafold.requests import Request, Sink
 from lorafold_adapters.policy import Lane
 
@@ -132,7 +132,13 @@ class Scheduler:
         return dict(Counter(row.lane for row in self._running))
 
     def add(self, *rows: Row) -> None:
-        """Puts rows at the end of their queues, all or none. Raises QueueFull, or KvFull for what can never run."""
+        """Puts the rows of a request at the end of their queues, all or none.
+
+        Raises QueueFull, or InvalidField or KvFull for what can never run.
+        """
+        most = self._max_batch + self._max_waiting
+        if len(rows) > most:
+            raise InvalidField("n", f"{len(rows)} completions, but engine.max_batch and engine.max_queue allow {most}")
         places = max(0, self._max_batch - len(self._running))
         if len(self._waiting) + len(rows) > self._max_waiting + places:
             raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")

@@ -7,14 +7,18 @@ page.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.pages import SCRATCH
+
+if TYPE_CHECKING:
+    from lorafold.engine.cpu_attention import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +107,8 @@ class Step:
     """The sequences whose prompts are read."""
     tables: Tables | None
     """All sequences, for means that read them."""
+    layouts: "dict[tuple[int, int | None], Layout]" = field(default_factory=dict)
+    """How a CPU computes its attention, by bytes of a place and window: made by the first layer that needs it."""
 
 
 def plan_step(cache: PagedCache, parts: Sequence[Part], device: torch.device, *, with_tables: bool) -> Step:

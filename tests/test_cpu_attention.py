@@ -1,0 +1,103 @@
+"""Attention over the cache on a CPU, sequences together and alone. The oracle is plain attention, in fp32; every place
+of the cache that is nobody's holds NaN.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorafold.engine import cpu_attention
+from lorafold.engine.attention_math import Kind
+from lorafold.engine.cpu_attention import Layout, decode_in_place, grouped, made_layout
+from lorafold.engine.step import Step, Whereabouts, runs_of
+from tests.paged import PAGE, Pages, distance, fill_pages, plain_attention
+from tests.tolerances import ATTENTION, EFFECT
+
+KV_HEADS, HEADS, WIDTH = 2, 6, 16
+PLACE_BYTES = 2 * KV_HEADS * WIDTH * 4
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the pages that it reads would lie on the GPU")
+
+
+def step_of(pages: Pages) -> Step:
+    sequences = []
+    for table, length in zip(pages.pages_BN.tolist(), pages.length_B.tolist(), strict=True):
+        runs = tuple(runs_of(table, length, PAGE))
+        place_L = torch.cat([torch.arange(*run) for run in runs]) if len(runs) > 1 else None
+        sequences.append(Whereabouts(runs, place_L))
+    return cast(Step, SimpleNamespace(decoding_at=tuple(sequences), layouts={}))
+
+
+def expected(query_BHD: Tensor, pages: Pages, kind: Kind) -> Tensor:
+    rows = [
+        plain_attention(
+            query_BHD[row : row + 1], key, value, scale=kind.scale, window=kind.window, softcap=kind.softcap
+        )
+        for row, (key, value) in enumerate(zip(pages.key_BLKD, pages.value_BLKD, strict=True))
+    ]
+    return torch.cat(rows)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=7),
+    window=st.sampled_from([None, 1, 7, 33]),
+    softcap=st.sampled_from([None, 2.0]),
+    short=st.sampled_from([0, 20, 10_000]),
+    most=st.sampled_from([40, 200, 10_000]),
+    seed=st.integers(0, 99),
+)
+def test_every_way_to_lay_a_step_out_computes_attention(
+    lengths: list[int], window: int | None, softcap: float | None, short: int, most: int, seed: int
+) -> None:
+    pages = fill_pages(lengths, kv_heads=KV_HEADS, width=WIDTH, dtype=torch.float32, seed=seed)
+    query_BHD = torch.randn(len(lengths), HEADS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    kind = Kind(0.5, window, softcap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "SHORT_BYTES", short * PLACE_BYTES)
+        patch.setattr(cpu_attention, "TOGETHER_BYTES", most * PLACE_BYTES)
+        result = decode_in_place(query_BHD, pages.keys_PSKD, pages.values_PSKD, step_of(pages), kind)
+    assert distance(result, expected(query_BHD, pages, kind)) < ATTENTION[torch.float32]
+    if max(lengths) > 1 and window != 1:  # Negative control: other queries, other results.
+        assert distance(result, expected(-query_BHD, pages, kind)) > EFFECT
+
+
+def test_short_sequences_are_together_and_long_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
+    monkeypatch.setattr(cpu_attention, "TOGETHER_BYTES", 250)
+    sequences = [Whereabouts(((0, length),), None) for length in (90, 500, 10, 100, 101, 12)]
+    layout = made_layout(sequences, 1, None)
+    assert [group.rows for group in layout.together] == [(2, 5), (0, 3)]
+    assert layout.alone == (1, 4)
+    windowed = made_layout(sequences, 1, 20)
+    assert [group.rows for group in windowed.together] == [(0, 1, 2, 3, 4, 5)]
+    assert windowed.nbytes == 20 + 20 + 10 + 20 + 20 + 12
+    assert made_layout(sequences[:2], 1, None).together == ()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(50, 200))
+def test_groups_hold_every_row_once_and_no_more_places_than_they_may(lengths: list[int], most: int) -> None:
+    groups = grouped(range(len(lengths)), lengths, most)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(len(group) * max(lengths[row] for row in group) <= most for group in groups)
+
+
+def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int | None] = []
+    real = cpu_attention.made_layout
+
+    def noting(sequences: Sequence[Whereabouts], place_bytes: int, window: int | None) -> Layout:
+        made.append(window)
+        return real(sequences, place_bytes, window)
+
+    monkeypatch.setattr(cpu_attention, "made_layout", noting)
+    pages = fill_pages([5, 40], kv_heads=KV_HEADS, width=WIDTH, dtype=torch.float32)
+    step, query = step_of(pages), torch.randn(2, HEADS, WIDTH)
+    for window in (None, 8, None, 8):
+        decode_in_place(query, pages.keys_PSKD, pages.values_PSKD, step, Kind(1.0, window, None))
+    assert made == [None, 8]
