@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.work import Run, Work
 from lorafold.engine.budget import PAGE_TOKENS
+from lorafold.engine.detokenize import remembering
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.linear import choose_linear
@@ -58,7 +59,9 @@ def engine_of(
         runner=runner,
         weights=WeightsControl(manager, TurnTaking(TURN_SECONDS), metrics.weights_changed, no_second_base),
         scheduler=Scheduler(pool=pool, max_batch=slots, max_waiting=slots, prefill_tokens=prefill_tokens),
-        vocabulary=Vocabulary(decode=lambda ids: str(tokenizer.decode(list(ids))), end_of_sequence=frozenset()),
+        vocabulary=Vocabulary(
+            decode=remembering(lambda ids: str(tokenizer.decode(list(ids)))), end_of_sequence=frozenset()
+        ),
         observer=metrics,
         on_death=lambda _: None,
     )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lorafold.engine.detokenize import TextStream, overlap
+from lorafold.engine.detokenize import TextStream, overlap, remembering
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -24,14 +24,25 @@ def decode(ids: object) -> str:
     return str(TOKENIZER.decode(list(ids)))  # type: ignore[call-overload]
 
 
+REMEMBERED = remembering(decode)
+"""As the server decodes."""
+
+
 def stream(text: str, stop: tuple[str, ...] = (), prompt: str = "prompt: é") -> tuple[list[str], TextStream]:
-    out = TextStream(decode, TOKENIZER.encode(prompt).ids, stop)
+    out = TextStream(REMEMBERED, TOKENIZER.encode(prompt).ids, stop)
     pieces = []
     for token in TOKENIZER.encode(text).ids:
         pieces.append(out.push(token))
         if out.stopped_by is not None:
             break
     return [*pieces, out.finish()], out
+
+
+def test_single_ids_are_decoded_once_and_longer_ones_anew() -> None:
+    asked: list[list[int]] = []
+    decode_once = remembering(lambda ids: str(asked.append(list(ids)) or list(ids)))  # type: ignore[func-returns-value]
+    assert [decode_once(ids) for ids in ([5], [5], [5, 6], [6], [5, 6])] == ["[5]", "[5]", "[5, 6]", "[6]", "[5, 6]"]
+    assert asked == [[5], [5, 6], [6], [5, 6]]
 
 
 @given(st.text(max_size=60))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorafold.engine import linear
 from lorafold.engine.attention_means import PLAIN
 from lorafold.engine.families import GraphedDecode, graphs_work
 from lorafold.engine.graphs import DecodeGraphs
@@ -134,9 +135,15 @@ def test_graphs_are_for_gpus_whose_weights_stay_where_they_are() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_equals_the_eager_one(adapter_on_llama: MakeAdapter) -> None:
+@pytest.mark.parametrize("linear_by", ["torch", "onednn", "split"])
+def test_a_compiled_step_equals_the_eager_one(
+    adapter_on_llama: MakeAdapter, linear_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
     model: Any = tiny_llama()
     use_our_attention(model)
+    monkeypatch.setattr(linear, "fastest", lambda layers, size: linear_by)
+    assert set(linear.choose_linear(model).values()) == {linear_by}
     manager = AdapterManager(model)
     manager.load("0", adapter_on_llama(seed=1, **KINDS["all-linear"]))
     runner = Runner(model, manager, PagedCache(pages=20, size=PAGE))
@@ -147,6 +154,8 @@ def test_a_compiled_step_equals_the_eager_one(adapter_on_llama: MakeAdapter) -> 
     manager.merge_adapter("0")
     folded = runner.run(step)
     runner.compile()
+    several = [Piece(tokens=[5 + row], pages=PAGES[row], past=17, adapter=None, samples=True) for row in range(2)]
+    assert apart(runner.run(several)[:1], folded) < LOGITS[torch.float32]
     assert apart(runner.run(step), folded) < LOGITS[torch.float32]
     manager.unmerge_adapter()
     assert apart(runner.run(step), expected) < LOGITS[torch.float32]

@@ -22,6 +22,7 @@ from transformers import (
 from lorafold.config import BaseConfig
 from lorafold.engine import attention
 from lorafold.engine.attention_means import IN_PLACE, PLAIN
+from lorafold.engine.detokenize import remembering
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.linear import choose_linear
@@ -60,7 +61,7 @@ class LoadedBase:
         stop = self.model.generation_config.eos_token_id if self.model.generation_config else None
         stop = self.tokenizer.eos_token_id if stop is None else stop
         ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
-        return Vocabulary(decode=self.decode, end_of_sequence=frozenset(ids))
+        return Vocabulary(decode=remembering(self.decode), end_of_sequence=frozenset(ids))
 
     def decode(self, ids: Any) -> str:
         """Token ids as text, without special tokens."""

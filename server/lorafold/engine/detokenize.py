@@ -12,6 +12,20 @@ INCOMPLETE = "\ufffd"
 Decode = Callable[[Sequence[int]], str]
 
 
+def remembering(decode: Decode) -> Decode:
+    """`decode`, with what single ids gave remembered: every other call of a `TextStream` is for one."""
+    texts: dict[int, str] = {}
+
+    def remembered(ids: Sequence[int]) -> str:
+        if len(ids) != 1:
+            return decode(ids)
+        if ids[0] not in texts:
+            texts[ids[0]] = decode(ids)
+        return texts[ids[0]]
+
+    return remembered
+
+
 class TextStream:
     """The text of one answer, as it grows."""
 

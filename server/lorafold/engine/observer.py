@@ -36,5 +36,9 @@ def observe(observer: Observer, parts: list[Part], read: list[int], lane: Lane, 
     """
     modes = [mode_of(part.row, lane) for part in parts]
     observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
+    counted: dict[Mode, list[int]] = {mode: [0, 0] for mode in modes}
     for part, prompt, mode in zip(parts, read, modes, strict=True):
-        observer.tokens(mode, prompt=prompt, answer=int(part.samples))
+        counted[mode][0] += prompt
+        counted[mode][1] += part.samples
+    for mode, (prompt, answer) in counted.items():
+        observer.tokens(mode, prompt=prompt, answer=answer)
