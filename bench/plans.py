@@ -80,8 +80,8 @@ QUICK = Plan(
             variants=("merged", "unmerged_1", "unmerged_8", "generate_dynamic", "continuous_batching", "peft_mixed"),
         ),
     ),
-    rounds=Rounds(seconds=9, least=2, most=20, short_warm_up=True),
-    stream=Stream(shape="mid", prompt=8, answer=12, rounds=3),
+    rounds=Rounds(seconds=8, least=2, most=20, short_warm_up=True),
+    stream=Stream(shape="mid", prompt=8, answer=8, rounds=3),
     left_out=(
         "the tiny shape, and batch 32",
         "prompts of 64 and 512: here they have 16 tokens, through gRPC 8",
