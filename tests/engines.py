@@ -63,7 +63,7 @@ class Recorder:
     def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
         pass
 
-    def queues(self, waiting: int, running: int) -> None:
+    def queues(self, waiting: int, running: int, preemptions: int) -> None:
         pass
 
 

@@ -92,8 +92,17 @@ def test_more_completions_than_the_queue_holds_are_refused_whole(server: Running
     try:
         with pytest.raises(ServerError) as caught:
             client.generate("abc", n=4, temperature=1.0)
-        assert (caught.value.code, caught.value.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert (caught.value.code, caught.value.field) == ("INVALID_ARGUMENT", "spec.n")
+        assert "ask for 3" in str(caught.value)
+        assert caught.value.retry_after is None
         assert client.generate("abc", n=3, temperature=1.0).others
+        running = client.stream("abc", max_tokens=400, ignore_eos=True)
+        next(running.pieces())
+        with pytest.raises(ServerError) as caught:
+            client.generate("abc", n=3, temperature=1.0)
+        assert (caught.value.code, caught.value.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert caught.value.retry_after == 1.0
+        running.cancel()
     finally:
         scheduler._max_batch, scheduler._max_waiting = most
     wait_until_idle(server)

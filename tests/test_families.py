@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from lorafold.engine import linear
@@ -160,3 +161,21 @@ def test_a_compiled_step_equals_the_eager_one(
     manager.unmerge_adapter()
     assert apart(runner.run(step), expected) < LOGITS[torch.float32]
     assert apart(folded, expected) > EFFECT  # Negative control: the compiled step reads the weights of now.
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_a_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_llama()
+    use_our_attention(model)
+    runner = Runner(model, AdapterManager(model), PagedCache(pages=20, size=PAGE))
+    asked = Piece(tokens=prompts(1, 17)[0].tolist(), pages=PAGES[0], past=0, adapter=None, samples=True)
+    expected = runner.run([asked])
+
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler found\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    with structlog.testing.capture_logs() as logs:
+        runner.compile()
+    assert [(entry["log_level"], entry["error"]) for entry in logs] == [("warning", "no working C++ compiler found")]
+    assert torch.equal(runner.run([asked]), expected)
+    assert runner.run([Piece(tokens=[5], pages=PAGES[0], past=17, adapter=None, samples=True)]).isfinite().all()

@@ -12,7 +12,9 @@ from google.rpc import error_details_pb2, status_pb2
 class ServerError(Exception):
     """The server refused a call, or could not be reached."""
 
-    def __init__(self, code: str, message: str, reason: str = "", field: str = "") -> None:
+    def __init__(
+        self, code: str, message: str, reason: str = "", field: str = "", retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         """gRPC status, e.g. `NOT_FOUND`."""
@@ -20,6 +22,8 @@ class ServerError(Exception):
         """For programs, e.g. `DEPLOYMENT_NOT_FOUND`; empty if the server did not say."""
         self.field = field
         """The request field that is wrong, if one is."""
+        self.retry_after = retry_after
+        """Seconds after which the same call may succeed; None if the server did not say."""
 
 
 @contextmanager
@@ -34,17 +38,24 @@ def translated() -> Iterator[None]:
 def server_error(error: Any) -> ServerError:
     """A failed call as ServerError, with what the server's details say."""
     reason = field_name = ""
+    retry_after = None
     for detail in status_details(error):
-        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        info, bad, retry = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RetryInfo(),
+        )
         if detail.Unpack(info):
             reason = info.reason
         elif detail.Unpack(bad) and bad.field_violations:
             field_name = bad.field_violations[0].field
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
     message = error.details() or error.code().name
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not reason:
         message = "the timeout passed before the answer was complete: allow more time or fewer max_tokens; "
         message += "'lorafold weights state' says if a held adapter keeps others waiting"
-    return ServerError(error.code().name, message, reason, field_name)
+    return ServerError(error.code().name, message, reason, field_name, retry_after)
 
 
 def status_details(error: Any) -> Sequence[Any]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorafold.client_errors import ServerError
 from lorafold.v1 import generation_pb2 as pb
 
 Messages = Iterable[tuple[str, str]]
 Prompt = str | Sequence[int] | Messages
+PROMPTS = "a prompt is a text, token ids, or pairs of role and content"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,15 @@ class Answer:
         return event.delta.text
 
 
+def assign(message: Any, name: str, value: object, path: str) -> None:
+    """Sets a field unless the value is None. Raises ServerError for a value that it cannot hold."""
+    try:
+        if value is not None:
+            setattr(message, name, value)
+    except (ValueError, TypeError) as error:
+        raise ServerError("INVALID_ARGUMENT", f"{path}.{name}: {error}", field=f"{path}.{name}") from error
+
+
 def make_spec(prompt: Prompt, deployment: str, options: Options) -> pb.GenerationSpec:
     """The request message. Raises ServerError for values that no message can hold."""
     try:
@@ -85,14 +96,12 @@ def make_spec(prompt: Prompt, deployment: str, options: Options) -> pb.Generatio
                     spec.messages.add(role=role, content=content)
                 else:
                     spec.token_ids.append(item)
-        for name in ("max_tokens", "logprobs", "n"):
-            if (value := getattr(options, name)) is not None:
-                setattr(spec, name, value)
-        for name in pb.Sampling.DESCRIPTOR.fields_by_name:
-            if (value := getattr(options, name)) is not None:
-                setattr(spec.sampling, name, value)
     except (ValueError, TypeError) as error:
-        raise ServerError("INVALID_ARGUMENT", f"the request cannot be written: {error}") from error
+        raise ServerError("INVALID_ARGUMENT", f"the request cannot be written: {error}; {PROMPTS}") from error
+    for name in ("max_tokens", "logprobs", "n"):
+        assign(spec, name, getattr(options, name), "spec")
+    for name in pb.Sampling.DESCRIPTOR.fields_by_name:
+        assign(spec.sampling, name, getattr(options, name), "spec.sampling")
     return spec
 
 

@@ -46,6 +46,10 @@ class Metrics:
         )
         self._waiting = Gauge("lorafold_requests_waiting", "Requests without a place in the batch.", registry=registry)
         self._running = Gauge("lorafold_requests_running", "Requests with a place in the batch.", registry=registry)
+        self._preempted = 0
+        self._preemptions = Counter(
+            "lorafold_preemptions", "How often a request gave up its room in the cache for others.", registry=registry
+        )
         self._reloads = Gauge(
             "lorafold_base_reloads", "How often the base was found damaged and loaded again.", registry=registry
         )
@@ -60,10 +64,12 @@ class Metrics:
         self._tokens.labels(mode.value, "prompt").inc(prompt)
         self._tokens.labels(mode.value, "answer").inc(answer)
 
-    def queues(self, waiting: int, running: int) -> None:
-        """How many rows there are now."""
+    def queues(self, waiting: int, running: int, preemptions: int) -> None:
+        """How many rows there are now, and how often one ever gave up its room."""
         self._waiting.set(waiting)
         self._running.set(running)
+        self._preemptions.inc(preemptions - self._preempted)
+        self._preempted = preemptions
 
     def weights_changed(self, change: Change) -> None:
         """An adapter was folded, or the base given back."""

@@ -79,7 +79,9 @@ async def load_parts(config: Config, say: Say) -> Parts:
     if model.device.type == "cuda":
         context = min(limits.max_context, base.context)
         await timed(say, "recorded decode steps", lambda: runner.record(limits.max_batch, context))
-    say(f"  {pool.tokens:,} tokens, up to {pool.tokens * base.cache_bytes_per_token / 1e9:,.2f} GB")
+    say(f"  {pool.tokens:,} tokens, up to {pool.tokens * base.cache_bytes_per_token / 1e6:,.1f} MB")
+    if pool.tokens < base.context:
+        say(f"  contexts are cut to {pool.tokens:,} of {base.context:,} tokens: engine.kv_memory_gib gives no more")
     base = replace(base, context=min(base.context, pool.tokens))
     health_servicer = health.aio.HealthServicer()
     engine = Engine(

@@ -164,7 +164,7 @@ class Engine:
     def _tidy(self) -> None:
         if not self._scheduler.rows:
             self._scheduler.check_integrity()
-        self._observer.queues(self._scheduler.waiting, len(self._scheduler.running))
+        self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
         self.weights.sweep({row.request.adapter for row in self._scheduler.rows if row.request.adapter is not None})
 
     def _step(self) -> None:

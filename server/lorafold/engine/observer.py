@@ -17,8 +17,8 @@ class Observer(Protocol):
         """So many tokens of a prompt were read, and of an answer generated."""
         ...
 
-    def queues(self, waiting: int, running: int) -> None:
-        """How many rows there are now."""
+    def queues(self, waiting: int, running: int, preemptions: int) -> None:
+        """How many rows there are now, and how often one ever gave up its room."""
         ...
 
 

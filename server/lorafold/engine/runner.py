@@ -99,13 +99,21 @@ class Runner:
         self._graphed = graphed
 
     def compile(self) -> None:
-        """On a CPU: compiles decode steps without low-rank paths, for one row and for several."""
+        """On a CPU: compiles decode steps without low-rank paths, for one row and for several.
+
+        What cannot be compiled runs as it is, with a warning.
+        """
         if self._model.device.type != "cpu":
             return
         self._compiled = CompiledDecode(self._model)
         one = Piece(tokens=[0], pages=[SCRATCH], past=1, adapter=None, samples=True)
-        for pieces in ([one], [one] * 2):
-            self.run(pieces)
+        try:
+            for pieces in ([one], [one] * 2):
+                self.run(pieces)
+        except Exception as error:  # Compilers raise whatever they come upon.
+            self._compiled = None
+            why = str(error).split("\n")[0]
+            log.warning("engine.compile is left out; it needs a C++ compiler, g++ or what CXX names", error=why)
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor:

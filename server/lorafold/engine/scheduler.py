@@ -138,10 +138,14 @@ class Scheduler:
         """
         most = self._max_batch + self._max_waiting
         if len(rows) > most:
-            raise InvalidField("n", f"{len(rows)} completions, but engine.max_batch and engine.max_queue allow {most}")
+            raise InvalidField("spec.n", f"{len(rows)} are too many: ask for {most}, or raise engine.max_queue")
         places = max(0, self._max_batch - len(self._running))
-        if len(self._waiting) + len(rows) > self._max_waiting + places:
-            raise QueueFull(f"{len(self._waiting)} requests wait already: try again later or raise engine.max_queue")
+        would_wait = len(self._waiting) + len(rows) - places
+        if would_wait > self._max_waiting:
+            raise QueueFull(
+                f"{would_wait} completions would wait, engine.max_queue allows {self._max_waiting}: try again later, "
+                "or raise it"
+            )
         longest = max(row.at_most for row in rows)
         if longest > self.pool.tokens:
             raise KvFull(
