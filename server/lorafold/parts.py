@@ -75,7 +75,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
     limits = config.engine
     pool, runner = await timed(say, "made the cache", lambda: make_cache(config.engine, base, manager))
     if limits.compile:
-        await timed(say, "compiled the decode step", runner.compile)
+        await timed(say, "ran torch.compile", runner.compile)
     if model.device.type == "cuda":
         context = min(limits.max_context, base.context)
         await timed(say, "recorded decode steps", lambda: runner.record(limits.max_batch, context))
