@@ -24,7 +24,7 @@ ROUNDS = 5
 PARTS = 8
 """Products that `split` makes of one. Measured on 2 cores: 2 are too few, from 8 on it makes no difference."""
 SAMPLE_BYTES = 2**28
-LEAST_BYTES = 2**26
+LEAST_BYTES = 2**25
 """Weights that are measured for one token, and for many, with which reading them matters less: more than caches hold,
 as when a whole model runs."""
 CLEARLY = 0.95
