@@ -155,10 +155,9 @@ class Engine:
         now = self.now()
         for row in self._scheduler.rows:
             if row.request.deadline is not None and now > row.request.deadline:
-                held = self.weights.held not in (None, row.lane)
-                remedy = (
-                    "the weights are held by MergeAdapter: unmerge" if held else "allow more time or fewer max_tokens"
-                )
+                remedy = "allow more time or fewer max_tokens"
+                if self.weights.held not in (None, row.lane):
+                    remedy = "an adapter is held folded, which UnmergeAdapter ends (lorafold weights unmerge)"
                 self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
 
     def _tidy(self) -> None:
