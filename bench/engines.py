@@ -64,6 +64,7 @@ def engine_of(
         ),
         observer=metrics,
         on_death=lambda _: None,
+        overlap=model.device.type == "cuda",
     )
     return engine, manager
 

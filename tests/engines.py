@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorafold.engine.attention_means import Means
+from lorafold.engine.detokenize import Decode
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
@@ -81,6 +82,8 @@ class Bench:
         turn: float = 0.01,
         means: Means | None = None,
         load_base: Callable[[], nn.Module] = tiny_llama,
+        overlap: bool = False,
+        decode: Decode = lambda ids: "x" * len(ids),
     ) -> None:
         use_our_attention(model)
         self.model = model
@@ -93,10 +96,11 @@ class Bench:
             runner=self.runner,
             weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append, load_base),
             scheduler=self.scheduler,
-            vocabulary=Vocabulary(decode=lambda ids: "x" * len(ids), end_of_sequence=frozenset()),
+            vocabulary=Vocabulary(decode=decode, end_of_sequence=frozenset()),
             observer=self.recorder,
             on_death=self.recorder.death.append,
             on_health=self.recorder.health.append,
+            overlap=overlap,
         )
 
     def __enter__(self) -> "Bench":
@@ -112,19 +116,21 @@ class Bench:
         self.engine.call(lambda: self.engine.weights.acquire(bound)).result(60)
         return bound.digest
 
+    def request(self, name: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> Request:
+        """A request that arrives now."""
+        given = {
+            "id": name,
+            "deployment": "d",
+            "adapter": None,
+            "policy": PolicyKind.UNMERGED,
+            "prompt": tuple(prompt),
+            "max_tokens": max_tokens,
+            "arrived": self.engine.now(),
+        }
+        return Request(**{**given, **fields})
+
     def submit(self, name: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> Collected:
-        request = Request(
-            **{
-                "id": name,
-                "deployment": "d",
-                "adapter": None,
-                "policy": PolicyKind.UNMERGED,
-                "prompt": tuple(prompt),
-                "max_tokens": max_tokens,
-                "arrived": self.engine.now(),
-                **fields,
-            }
-        )
+        request = self.request(name, prompt, max_tokens, **fields)
         collected = Collected(request.n)
         self.engine.submit(request, collected)
         return collected

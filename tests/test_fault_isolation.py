@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from lorafold.client import Client, ServerError
-from lorafold.engine.emit import Vocabulary
 from lorafold.engine.sampling_state import SamplingState
 from lorafold.errors import StepFailed
 from lorafold.requests import Failed, Finished, Sampling
@@ -58,14 +57,18 @@ def test_settings_that_raise_fail_their_request_alone(planted: dict[str, Any]) -
         assert_failed_alone(bench, bad, answers, "could not be continued")
 
 
-def test_a_detokeniser_that_raises_fails_its_request_alone() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_detokeniser_that_raises_fails_its_request_alone(overlap: bool) -> None:
+    with Bench(tiny_llama()) as bench:
+        answer = bench.submit("good", BAD, 40)
+        assert isinstance(answer.last, Finished)
+
     def decode(ids: Sequence[int]) -> str:
-        if list(ids[:6]) == BAD[-6:] and len(ids) > 6:
+        if list(ids) == answer.tokens[1:3]:
             raise UnicodeError("planted")
         return "x" * len(ids)
 
-    with Bench(tiny_llama()) as bench:
-        bench.engine._vocabulary = Vocabulary(decode=decode, end_of_sequence=frozenset())
+    with Bench(tiny_llama(), overlap=overlap, decode=decode) as bench:
         answers = good_ones(bench)
         bad = bench.submit("bad", BAD, 40)
         assert_failed_alone(bench, bad, answers, "planted")

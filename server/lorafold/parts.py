@@ -102,6 +102,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
         observer=metrics,
         on_death=lambda why: loop.call_soon_threadsafe(died.set_result, why),
         on_health=lambda whole: asyncio.run_coroutine_threadsafe(set_health(health_servicer, whole), loop),
+        overlap=model.device.type == "cuda",
     )
     stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
     deployments = Deployments(manager, engine, stamps, config.folder)

@@ -47,11 +47,28 @@ class Vocabulary:
         return FinishReason.STOP_TOKEN if token_id in request.stop_token_ids else None
 
 
-def token(row: Row, pick: Pick, provenance: Provenance, vocabulary: Vocabulary, now: float) -> bool:
-    """Adds a token to a row and tells its sink; True if the completion is done.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """A token that was added to a row, and what its sink is to be told."""
 
-    A token that ends it is among the ids of the answer, and not part of its text. Raises what choosing the token
-    raised, and ValueError if the model's logits were not numbers.
+    row: Row
+    pick: Pick
+    ended: FinishReason | None
+    """Why the completion ends with it, as far as ids and length tell."""
+    provenance: Provenance
+    now: float
+    """When it was chosen."""
+
+    @property
+    def can_wait(self) -> bool:
+        """True if nothing depends on its text and nobody waits for it as the first or the last one."""
+        return self.ended is None and not self.row.request.stop and self.row.generated > 1
+
+
+def add(row: Row, pick: Pick, provenance: Provenance, vocabulary: Vocabulary, now: float) -> Token:
+    """Adds a token to a row; nobody is told yet.
+
+    Raises what choosing the token raised, and ValueError if the model's logits were not numbers.
     """
     if pick.fault is not None:
         raise pick.fault
@@ -59,14 +76,27 @@ def token(row: Row, pick: Pick, provenance: Provenance, vocabulary: Vocabulary, 
         raise ValueError("the model computed NaN or infinity")
     if not row.generated:
         row.first_token, row.swap_wait_before_first = now, row.swap_wait
-        row.sink(Started(index=row.index, provenance=provenance, seconds=now - row.request.arrived))
     row.tokens.append(pick.token)
     ended = vocabulary.ends(row.request, pick.token)
-    text = "" if ended else row.text.push(pick.token)
-    row.sink(Delta(index=row.index, text=text, token_id=pick.token, logprobs=pick.logprobs))
-    if not ended and row.text.stopped_by is None and row.generated < row.request.max_tokens:
+    if ended is None and row.generated >= row.request.max_tokens:
+        ended = FinishReason.LENGTH
+    return Token(row=row, pick=pick, ended=ended, provenance=provenance, now=now)
+
+
+def tell(token: Token) -> bool:
+    """Tells the row's sink of its last token; True if the completion is done.
+
+    A token that ends it is among the ids of the answer, and not part of its text.
+    """
+    row, chosen = token.row, token.row.tokens[-1]
+    if row.generated == 1:
+        since = token.now - row.request.arrived
+        row.sink(Started(index=row.index, provenance=token.provenance, seconds=since))
+    text = row.text.push(chosen) if token.ended in (None, FinishReason.LENGTH) else ""
+    row.sink(Delta(index=row.index, text=text, token_id=chosen, logprobs=token.pick.logprobs))
+    if token.ended is None and row.text.stopped_by is None:
         return False
-    row.sink(finished(row, ended or FinishReason.LENGTH, provenance, now))
+    row.sink(finished(row, token.ended or FinishReason.STOP_STRING, token.provenance, token.now))
     return True
 
 

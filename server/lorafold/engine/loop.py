@@ -11,14 +11,13 @@ from typing import TypeVar
 
 import structlog
 import torch
-from torch import Tensor
 
-from lorafold.engine import emit
+from lorafold.engine.answers import Answers
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
 from lorafold.engine.observer import Observer, mode_of, observe
 from lorafold.engine.runner import Piece, Runner
-from lorafold.engine.sampling import sample
+from lorafold.engine.sampling import Chosen, sample
 from lorafold.engine.scheduler import Part, Row, Scheduler
 from lorafold.engine.weights import Change, TurnFailed, WeightsControl
 from lorafold.errors import BaseReloading, DeadlineExceeded, EngineStopped, StepFailed
@@ -43,13 +42,18 @@ class Engine:
         observer: Observer,
         on_death: Callable[[BaseException | None], object],
         on_health: Callable[[bool], object] = lambda _: None,
+        overlap: bool = False,
     ) -> None:
-        """`on_health` is told False while the base is damaged, and True when it is whole again."""
+        """`on_health` is told False while the base is damaged, and True when it is whole again.
+
+        `overlap`: whether answers are told while the next step runs, which pays where that is on another device.
+        """
         self.weights = weights
         """Only for functions handed to `call`."""
         self._runner = runner
         self._scheduler = scheduler
         self._vocabulary = vocabulary
+        self._answers = Answers(vocabulary, overlap=overlap, done=scheduler.remove, fail=self._fail)
         self._observer = observer
         self._on_death = on_death
         self._on_health = on_health
@@ -174,6 +178,8 @@ class Engine:
             self.now(),
             held=self.weights.held,
         )
+        if len(lanes()) != 1:  # No step follows, or a fold may come first.
+            self._answers.tell_rest()
         if not lanes():
             if self._scheduler.waiting:
                 self._wait_for_a_command()
@@ -194,6 +200,7 @@ class Engine:
 
     def _wait_for_a_command(self) -> None:
         """An operator holds the weights and no row may run: only a command, or a deadline, changes that."""
+        self._answers.tell_rest()
         deadlines = [row.request.deadline for row in self._scheduler.rows if row.request.deadline is not None]
         self._inbox.run_all(wait=max(0.001, min(deadlines) - self.now()) if deadlines else None)
 
@@ -230,10 +237,11 @@ class Engine:
             for part in parts
         ]
         try:
-            logits_SV = self._runner.run(pieces)
             sampling = [part.row for part in parts if part.samples]
-            read = [self._scheduler.ran(part) for part in parts]
-            self._extend(sampling, logits_SV, lane)
+            chosen = self._launch(pieces, sampling)
+            self._answers.tell_rest()
+            read = [0 if part.row.ended else self._scheduler.ran(part) for part in parts]
+            self._extend(sampling, chosen, lane)
         except torch.AcceleratorError:
             raise  # The device's context is lost, and with it every later step.
         except Exception as error:
@@ -250,22 +258,19 @@ class Engine:
             if part.row in self._scheduler.running:
                 self._fail(part.row, told)
 
-    def _extend(self, rows: list[Row], logits_SV: Tensor, lane: Lane) -> None:
-        """Chooses the next token of each row; what goes wrong with one row ends that row alone."""
-        if not rows:
+    def _launch(self, pieces: list[Piece], sampling: list[Row]) -> Chosen | None:
+        """Starts the step and the choice of each row's next token; on a GPU neither is done on return."""
+        logits_SV = self._runner.run(pieces)
+        return sample(logits_SV, [row.sampling for row in sampling]) if sampling else None
+
+    def _extend(self, rows: list[Row], chosen: Chosen | None, lane: Lane) -> None:
+        """Adds the chosen tokens, once they are there."""
+        if chosen is None:
             return
-        picks = sample(logits_SV, [row.sampling for row in rows]).read()
+        picks = chosen.read()
         generation = self.weights.state.generation
-        for row, pick in zip(rows, picks, strict=True):
-            provenance = Provenance(mode=mode_of(row, lane), generation=generation)
-            try:
-                done = emit.token(row, pick, provenance, self._vocabulary, self.now())
-            except Exception as error:
-                log.error("request failed", request=row.request.id, exc_info=True)
-                self._fail(row, StepFailed(f"the answer could not be continued ({error}): send the request again"))
-                continue
-            if done:
-                self._scheduler.remove(row)
+        told = [Provenance(mode=mode_of(row, lane), generation=generation) for row in rows]
+        self._answers.extend(rows, picks, told, self.now())
 
     @staticmethod
     def _wait(rows: Iterable[Row], seconds: float) -> None:
@@ -273,7 +278,8 @@ class Engine:
             row.swap_wait += seconds
 
     def _fail(self, row: Row, error: LorafoldError) -> None:
-        """Ends the row, and with it the other completions of its request."""
+        """Ends the row, and with it the other completions of its request; what was chosen is told first."""
+        self._answers.tell_rest()
         if row.ended:
             return
         several = row.request.n > 1
