@@ -1,5 +1,6 @@
 """Takes timings in rounds, and turns them into ratios. Knows nothing about what is timed."""
 
+import itertools
 import json
 import re
 import statistics
@@ -56,7 +57,7 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
 def record(theme: str, result: Mapping[str, Any], seconds: Mapping[str, Mapping[str, list[float]]]) -> Path:
     """Keeps the result, then every timing, as JSON lines in a file of its own; returns the file."""
     hardware = re.sub(r"[^a-z0-9]+", "-", str(result["hardware"]).lower()).strip("-")
-    file = RESULTS / f"{theme}_{hardware}_{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    file = unused(RESULTS / f"{theme}_{hardware}_{datetime.now(UTC):%Y-%m-%d}.jsonl")
     points = (
         {"dtype": dtype, "variant": variant, "round": number, "seconds": taken}
         for dtype, variants in seconds.items()
@@ -66,3 +67,9 @@ def record(theme: str, result: Mapping[str, Any], seconds: Mapping[str, Mapping[
     RESULTS.mkdir(exist_ok=True)
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (result, *points)))
     return file
+
+
+def unused(file: Path) -> Path:
+    """`file`, or the first numbered name beside it that no other result has."""
+    numbered = (file.with_name(f"{file.stem}_{number}{file.suffix}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([file], numbered) if not path.exists())
