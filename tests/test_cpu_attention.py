@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafold.engine import cpu_attention
 from lorafold.engine.attention_math import Kind
-from lorafold.engine.cpu_attention import Layout, decode_in_place, grouped, made_layout
+from lorafold.engine.cpu_attention import Layout, Piece, decode_in_place, grouped, made_layout
 from lorafold.engine.step import Step, Whereabouts, runs_of
 from tests.paged import PAGE, Pages, distance, fill_pages, plain_attention
 from tests.tolerances import ATTENTION, EFFECT
@@ -67,24 +67,39 @@ def test_every_way_to_lay_a_step_out_computes_attention(
         assert distance(result, expected(-query_BHD, pages, kind)) > EFFECT
 
 
+def rows_of(layout: Layout, sequences: int) -> list[list[int]]:
+    return [list(range(sequences)) if group.row_N is None else group.row_N.tolist() for group in layout.together]
+
+
 def test_short_sequences_are_together_and_long_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     monkeypatch.setattr(cpu_attention, "TOGETHER_BYTES", 250)
     sequences = [Whereabouts(((0, length),), None) for length in (90, 500, 10, 100, 101, 12)]
     layout = made_layout(sequences, 1, None)
-    assert [group.rows for group in layout.together] == [(2, 5), (0, 3)]
-    assert layout.alone == (1, 4)
+    assert rows_of(layout, 6) == [[2, 5], [0, 3]]
+    assert layout.alone == ((1, (0, 500)), (4, (0, 101)))
     windowed = made_layout(sequences, 1, 20)
-    assert [group.rows for group in windowed.together] == [(0, 1, 2, 3, 4, 5)]
+    assert rows_of(windowed, 6) == [[0, 1, 2, 3, 4, 5]]
+    assert windowed.merge is None
     assert windowed.nbytes == 20 + 20 + 10 + 20 + 20 + 12
     assert made_layout(sequences[:2], 1, None).together == ()
 
 
+def test_the_ends_of_sequences_that_share_a_prefix_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
+    prefix = (0, 500)
+    layout = made_layout([Whereabouts((prefix, (600 + 50 * row, 630 + 50 * row)), None) for row in range(3)], 1, None)
+    assert rows_of(layout, 3) == [[0, 1, 2]]
+    assert layout.alone == tuple((row, prefix) for row in range(3))
+    assert layout.merge is not None
+    assert layout.merge.piece_BR.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(50, 200))
-def test_groups_hold_every_row_once_and_no_more_places_than_they_may(lengths: list[int], most: int) -> None:
-    groups = grouped(range(len(lengths)), lengths, most)
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    assert all(len(group) * max(lengths[row] for row in group) <= most for group in groups)
+def test_groups_hold_every_piece_once_and_no_more_places_than_they_may(lengths: list[int], most: int) -> None:
+    groups = grouped([Piece(row, ((0, length),)) for row, length in enumerate(lengths)], most)
+    assert sorted(piece.row for group in groups for piece in group) == list(range(len(lengths)))
+    assert all(len(group) * max(piece.length for piece in group) <= most for group in groups)
 
 
 def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
-"""Attention of sequences that decode, on a CPU: short ones together, on copies; long ones one by one, where they lie.
+"""Attention of sequences that decode, on a CPU. A sequence is computed in pieces, each by itself, which are then
+weighted by the sums of their exponentials, as Flash-Decoding merges its splits: long runs where they lie, and what is
+short, of all sequences together, on copies.
 
 A call costs tens of microseconds, and so does copying a hundred kilobytes. On two cores, for 32 sequences of 128 tokens
-and 4 heads of 64, the calls took 1.7 ms, if the sequences lay in two pieces 4.8, and one call on copies 1.0 ms; from
-some megabytes on copying is dearer, and far dearer once the allocator hands out fresh pages for it.
+and 4 heads of 64, the calls took 1.7 ms, if the sequences lay in two runs 4.8, and one call on copies 1.0 ms; from some
+megabytes on copying is dearer, and far dearer once the allocator hands out fresh pages for it.
 
-Shapes in the names: B sequences, L places that are seen; H query heads, K key-value heads, G = H / K, D head width;
-P pages of S places.
+Shapes in the names: B sequences, N pieces, R pieces of one sequence, L places that are seen; H query heads, K key-value
+heads, G = H / K, D head width; P pages of S places.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,30 +18,52 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lorafold.engine.attention_math import Kind, last, places, run_of, scaled_dot_product
+from lorafold.engine.attention_math import Kind, last, run_of
 from lorafold.engine.step import Run, Step, Whereabouts
 
 SHORT_BYTES = 1 << 20
-"""Keys and values of one sequence up to which it is copied."""
+"""Keys and values of a run up to which it is copied."""
 TOGETHER_BYTES = 8 << 20
-"""Of all sequences that are copied at once: what an allocator keeps, and a cache holds."""
+"""Of all pieces that are copied at once: what an allocator keeps, and a cache holds."""
 ONE_THREAD_BYTES = 8 << 20
 """Keys and values of one layer up to which one thread is as fast as all: it need not wait for others, whom the system
 may have given something else to do.
 """
-MAX_RUNS = 4
-"""Pieces up to which reading each where it lies is cheaper than copying them together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Places of one sequence that are computed together."""
+
+    row: int
+    runs: tuple[Run, ...]
+
+    @property
+    def length(self) -> int:
+        """How many places."""
+        return sum(stop - start for start, stop in self.runs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Together:
-    """Short sequences that are copied and computed at once."""
+    """Pieces that are copied and computed at once."""
 
-    rows: tuple[int, ...]
-    place_BL: Tensor
-    """int64; after the end of a sequence some place that holds numbers."""
-    seen_B11L: Tensor | None
-    """Which of them are its own; None if all are."""
+    row_N: Tensor | None
+    """int64: whose they are; None if that is every sequence in order."""
+    place_NL: Tensor
+    """int64; after the end of a piece some place that holds numbers."""
+    mask_N11L: Tensor | None
+    """fp32: minus infinity there, and else 0; None if all are of one length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """Which pieces make a sequence. They are numbered in the order in which they are computed."""
+
+    piece_BR: Tensor
+    """int64; filled up with any."""
+    absent_BR: Tensor
+    """bool: what only fills up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +71,10 @@ class Layout:
     """How a step's sequences are computed in layers of one kind."""
 
     together: tuple[Together, ...]
-    alone: tuple[int, ...]
+    alone: tuple[tuple[int, Run], ...]
+    """Sequence and run."""
+    merge: Merge | None
+    """None if each sequence is one piece, in order."""
     nbytes: int
     """Of keys and values that are read."""
 
@@ -57,16 +84,49 @@ def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, s
     layout = layout_of(step, 2 * keys_PSKD.shape[2] * keys_PSKD.shape[3] * keys_PSKD.element_size(), kind.window)
     query_BKGD = query_BHD.reshape(len(query_BHD), keys_PSKD.shape[2], -1, query_BHD.shape[2])
     with threads(1 if layout.nbytes < ONE_THREAD_BYTES else torch.get_num_threads()):
-        if len(layout.together) == 1 and not layout.alone:
-            return decode_together(query_BKGD, keys_PSKD, values_PSKD, layout.together[0], kind).view(query_BHD.shape)
-        output_BKGD = torch.empty_like(query_BKGD, memory_format=torch.contiguous_format)
+        pieces = []
         for group in layout.together:
-            rows = list(group.rows)
-            output_BKGD[rows] = decode_together(query_BKGD[rows], keys_PSKD, values_PSKD, group, kind)
-        for row in layout.alone:
-            where = step.decoding_at[row]
-            output_BKGD[row] = decode_alone(query_BKGD[row : row + 1], keys_PSKD, values_PSKD, where, kind)[0]
-        return output_BKGD.view(query_BHD.shape)
+            query_NKGD = query_BKGD if group.row_N is None else query_BKGD[group.row_N]
+            key, value = copied(keys_PSKD, group.place_NL), copied(values_PSKD, group.place_NL)
+            pieces.append(attend(query_NKGD, key, value, kind, group.mask_N11L))
+        for row, run in layout.alone:
+            query_1KGD = query_BKGD[row : row + 1]
+            pieces.append(attend(query_1KGD, run_of(keys_PSKD, run), run_of(values_PSKD, run), kind))
+    with threads(1):
+        return merged(pieces, layout.merge).view(query_BHD.shape)
+
+
+def attend(
+    query_NKGD: Tensor, key_NKLD: Tensor, value_NKLD: Tensor, kind: Kind, mask_N11L: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention [N, K, G, D], and the logarithms [N, K, G] of the sums of the exponentials, fp32."""
+    if kind.softcap is None:
+        output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_NKGD, key_NKLD, value_NKLD, attn_mask=mask_N11L, scale=kind.scale
+        )
+        return output, sums
+    scores = torch.tanh(query_NKGD @ key_NKLD.transpose(-1, -2) * kind.scale / kind.softcap).float() * kind.softcap
+    if mask_N11L is not None:
+        scores += mask_N11L
+    return scores.softmax(dim=-1).to(value_NKLD.dtype) @ value_NKLD, scores.logsumexp(dim=-1)
+
+
+def copied(cached_PSKD: Tensor, place_NL: Tensor) -> Tensor:
+    """Places of the cache as [N, K, L, D]."""
+    rows = cached_PSKD.flatten(0, 1).flatten(1).index_select(0, place_NL.flatten())
+    return rows.view(*place_NL.shape, *cached_PSKD.shape[2:]).transpose(1, 2)
+
+
+def merged(pieces: Sequence[tuple[Tensor, Tensor]], merge: Merge | None) -> Tensor:
+    """Whole sequences [B, K, G, D] out of what was computed of them."""
+    output_NKGD = torch.cat([output for output, _ in pieces]) if len(pieces) > 1 else pieces[0][0]
+    if merge is None:
+        return output_NKGD
+    if merge.piece_BR.shape[1] == 1:
+        return output_NKGD[merge.piece_BR[:, 0]]
+    sums_BRKG = torch.cat([sums for _, sums in pieces])[merge.piece_BR]
+    weights_BRKG = sums_BRKG.masked_fill(merge.absent_BR[:, :, None, None], float("-inf")).softmax(dim=1)
+    return (output_NKGD[merge.piece_BR] * weights_BRKG.unsqueeze(-1)).sum(dim=1).to(output_NKGD.dtype)
 
 
 def layout_of(step: Step, place_bytes: int, window: int | None) -> Layout:
@@ -78,71 +138,72 @@ def layout_of(step: Step, place_bytes: int, window: int | None) -> Layout:
 
 
 def made_layout(sequences: Sequence[Whereabouts], place_bytes: int, window: int | None) -> Layout:
-    """Which sequences are computed together: all short ones, in groups that are not too large."""
-    lengths = [sum(stop - start for start, stop in last(where.runs, window)) for where in sequences]
-    short = [row for row, length in enumerate(lengths) if length * place_bytes <= SHORT_BYTES]
-    groups = grouped(short, lengths, TOGETHER_BYTES // place_bytes) if len(short) > 1 else []
-    inside = {row for group in groups for row in group}
+    """Which pieces are computed together: all short ones, in groups that are not too large."""
+    most = SHORT_BYTES // place_bytes
+    pieces = [piece for row, where in enumerate(sequences) for piece in pieces_of(row, where, window, most)]
+    short = [piece for piece in pieces if len(piece.runs) > 1 or piece.length <= most]
+    if len(short) == 1 and len(short[0].runs) == 1:
+        short = []  # Nothing to share a call with: it is read where it lies.
+    groups = grouped(short, TOGETHER_BYTES // place_bytes) if short else []
+    alone = [piece for piece in pieces if piece not in short]
+    order = [piece.row for group in groups for piece in group] + [piece.row for piece in alone]
     return Layout(
-        together=tuple(together([sequences[row] for row in group], group, window) for group in groups),
-        alone=tuple(row for row in range(len(sequences)) if row not in inside),
-        nbytes=sum(lengths) * place_bytes,
+        together=tuple(together(group, len(sequences)) for group in groups),
+        alone=tuple((piece.row, piece.runs[0]) for piece in alone),
+        merge=None if order == list(range(len(sequences))) else merge_of(order),
+        nbytes=sum(piece.length for piece in pieces) * place_bytes,
     )
 
 
-def grouped(rows: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Groups of rows with `most` places when filled up to the longest; of about one length if there are several."""
-    if len(rows) * max(lengths[row] for row in rows) <= most:
-        return [list(rows)]
-    groups: list[list[int]] = [[]]
-    for row in sorted(rows, key=lengths.__getitem__):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[row] > most:
+def pieces_of(row: int, where: Whereabouts, window: int | None, most: int) -> Iterator[Piece]:
+    """Each run of more than `most` places, and the others as one."""
+    runs = last(where.runs, window)
+    for run in runs:
+        if run[1] - run[0] > most:
+            yield Piece(row, (run,))
+    if short := tuple(run for run in runs if run[1] - run[0] <= most):
+        yield Piece(row, short)
+
+
+def grouped(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
+    """Groups with `most` places when filled up to the longest; of about one length if there are several."""
+    if len(pieces) * max(piece.length for piece in pieces) <= most:
+        return [list(pieces)]
+    groups: list[list[Piece]] = [[]]
+    for piece in sorted(pieces, key=lambda piece: piece.length):
+        if groups[-1] and (len(groups[-1]) + 1) * piece.length > most:
             groups.append([])
-        groups[-1].append(row)
+        groups[-1].append(piece)
     return groups
 
 
-def together(sequences: Sequence[Whereabouts], rows: Sequence[int], window: int | None) -> Together:
-    """One group."""
-    each = [places_of(where, window) for where in sequences]
+def together(pieces: Sequence[Piece], sequences: int) -> Together:
+    """One group, of a step with so many sequences."""
+    rows = [piece.row for piece in pieces]
+    each = [torch.cat([torch.arange(*run) for run in piece.runs]) for piece in pieces]
     longest = max(len(place_L) for place_L in each)
-    seen_B11L = None
+    mask_N11L = None
     if any(len(place_L) < longest for place_L in each):
-        length_B1 = torch.tensor([[len(place_L)] for place_L in each])
-        seen_B11L = (torch.arange(longest) < length_B1)[:, None, None]
-    place_BL = pad_sequence(each, batch_first=True, padding_value=float(each[0][0]))
-    return Together(rows=tuple(rows), place_BL=place_BL, seen_B11L=seen_B11L)
-
-
-def places_of(where: Whereabouts, window: int | None) -> Tensor:
-    """The last `window` places, one by one."""
-    if where.place_L is None:
-        return torch.arange(*last(where.runs, window)[0])
-    return where.place_L if window is None else where.place_L[-window:]
-
-
-def decode_together(query_BKGD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, group: Together, kind: Kind) -> Tensor:
-    """A group on copies of its keys and values; returns [B, K, G, D]."""
-    key_BKLD, value_BKLD = (
-        cached.flatten(0, 1)
-        .flatten(1)
-        .index_select(0, group.place_BL.flatten())
-        .view(*group.place_BL.shape, *cached.shape[2:])
-        .transpose(1, 2)
-        for cached in (keys_PSKD, values_PSKD)
+        length_N1 = torch.tensor([[len(place_L)] for place_L in each])
+        beyond_NL = torch.arange(longest) >= length_N1
+        mask_N11L = torch.zeros(beyond_NL.shape).masked_fill_(beyond_NL, float("-inf"))[:, None, None]
+    return Together(
+        row_N=None if rows == list(range(sequences)) else torch.tensor(rows),
+        place_NL=pad_sequence(each, batch_first=True, padding_value=float(each[0][0])),
+        mask_N11L=mask_N11L,
     )
-    return scaled_dot_product(query_BKGD, key_BKLD, value_BKLD, kind, group.seen_B11L)
 
 
-def decode_alone(query_1KGD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, where: Whereabouts, kind: Kind) -> Tensor:
-    """One sequence where it lies, or on a copy if it is short or in many pieces; returns [1, K, G, D]."""
-    runs = last(where.runs, kind.window)
-    places_read = sum(stop - start for start, stop in runs)
-    short = 2 * places_read * keys_PSKD[0, 0].nbytes <= SHORT_BYTES
-    if 1 < len(runs) <= MAX_RUNS and kind.softcap is None and not short:
-        return decode_by_run(query_1KGD, keys_PSKD, values_PSKD, runs, kind.scale)
-    key, value = places(keys_PSKD, where, kind.window), places(values_PSKD, where, kind.window)
-    return scaled_dot_product(query_1KGD, key, value, kind)
+def merge_of(order: Sequence[int]) -> Merge:
+    """What belongs together, of pieces of these sequences."""
+    pieces: list[list[int]] = [[] for _ in range(max(order) + 1)]
+    for piece, row in enumerate(order):
+        pieces[row].append(piece)
+    most = max(map(len, pieces))
+    return Merge(
+        piece_BR=torch.tensor([[*own, *[0] * (most - len(own))] for own in pieces]),
+        absent_BR=torch.tensor([[False] * len(own) + [True] * (most - len(own)) for own in pieces]),
+    )
 
 
 @contextmanager
@@ -154,22 +215,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def decode_by_run(
-    query_1KGD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, runs: Sequence[Run], scale: float
-) -> Tensor:
-    """One sequence that shares a prefix and so lies in pieces: each by itself, then weighted by the sums of their
-    exponentials, as Flash-Decoding merges its splits. Returns [1, K, G, D].
-    """
-    outputs, sums = zip(
-        *(
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query_1KGD, run_of(keys_PSKD, run), run_of(values_PSKD, run), scale=scale
-            )
-            for run in runs
-        ),
-        strict=True,
-    )
-    weights = torch.stack(sums).softmax(dim=0).unsqueeze(-1)
-    return (torch.stack(outputs) * weights).sum(dim=0).to(query_1KGD.dtype)
