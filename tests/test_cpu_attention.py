@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lorafold.engine import cpu_attention
 from lorafold.engine.attention_math import Kind
-from lorafold.engine.cpu_attention import Layout, Piece, decode_in_place, grouped, made_layout
-from lorafold.engine.step import Step, Whereabouts, runs_of
+from lorafold.engine.cpu_attention import Layout, Piece, decode_in_place, grouped, made_layout, places_of
+from lorafold.engine.step import Run, Step, runs_of
 from tests.paged import PAGE, Pages, distance, fill_pages, plain_attention
 from tests.tolerances import ATTENTION, EFFECT
 
@@ -27,9 +27,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the pages tha
 def step_of(pages: Pages) -> Step:
     sequences = []
     for table, length in zip(pages.pages_BN.tolist(), pages.length_B.tolist(), strict=True):
-        runs = tuple(runs_of(table, length, PAGE))
-        place_L = torch.cat([torch.arange(*run) for run in runs]) if len(runs) > 1 else None
-        sequences.append(Whereabouts(runs, place_L))
+        sequences.append(tuple(runs_of(table, length, PAGE)))
     return cast(Step, SimpleNamespace(decoding_at=tuple(sequences), layouts={}))
 
 
@@ -74,7 +72,7 @@ def rows_of(layout: Layout, sequences: int) -> list[list[int]]:
 def test_short_sequences_are_together_and_long_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     monkeypatch.setattr(cpu_attention, "TOGETHER_BYTES", 250)
-    sequences = [Whereabouts(((0, length),), None) for length in (90, 500, 10, 100, 101, 12)]
+    sequences = [((0, length),) for length in (90, 500, 10, 100, 101, 12)]
     layout = made_layout(sequences, 1, None)
     assert rows_of(layout, 6) == [[2, 5], [0, 3]]
     assert layout.alone == ((1, (0, 500)), (4, (0, 101)))
@@ -88,7 +86,7 @@ def test_short_sequences_are_together_and_long_ones_alone(monkeypatch: pytest.Mo
 def test_the_ends_of_sequences_that_share_a_prefix_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     prefix = (0, 500)
-    layout = made_layout([Whereabouts((prefix, (600 + 50 * row, 630 + 50 * row)), None) for row in range(3)], 1, None)
+    layout = made_layout([(prefix, (600 + 50 * row, 630 + 50 * row)) for row in range(3)], 1, None)
     assert rows_of(layout, 3) == [[0, 1, 2]]
     assert layout.alone == tuple((row, prefix) for row in range(3))
     assert layout.merge is not None
@@ -97,7 +95,7 @@ def test_the_ends_of_sequences_that_share_a_prefix_are_together(monkeypatch: pyt
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(50, 200))
 def test_groups_hold_every_piece_once_and_no_more_places_than_they_may(lengths: list[int], most: int) -> None:
-    groups = grouped([Piece(row, ((0, length),)) for row, length in enumerate(lengths)], most)
+    groups = grouped([Piece(row, ((0, length),), length) for row, length in enumerate(lengths)], most)
     assert sorted(piece.row for group in groups for piece in group) == list(range(len(lengths)))
     assert all(len(group) * max(piece.length for piece in group) <= most for group in groups)
 
@@ -106,7 +104,7 @@ def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int | None] = []
     real = cpu_attention.made_layout
 
-    def noting(sequences: Sequence[Whereabouts], place_bytes: int, window: int | None) -> Layout:
+    def noting(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: int | None) -> Layout:
         made.append(window)
         return real(sequences, place_bytes, window)
 
@@ -116,3 +114,16 @@ def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     for window in (None, 8, None, 8):
         decode_in_place(query, pages.keys_PSKD, pages.values_PSKD, step, Kind(1.0, window, None))
     assert made == [None, 8]
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_places_are_those_of_the_runs_in_order(lengths: list[list[int]]) -> None:
+    starts = [[100 * row + 10 * run for run in range(len(each))] for row, each in enumerate(lengths)]
+    pieces = [
+        Piece(row, tuple((start, start + size) for start, size in zip(starts[row], each, strict=True)), sum(each))
+        for row, each in enumerate(lengths)
+    ]
+    longest = max(piece.length for piece in pieces)
+    for piece, found in zip(pieces, places_of(pieces, longest).tolist(), strict=True):
+        wanted = [place for run in piece.runs for place in range(*run)]
+        assert found == wanted + wanted[-1:] * (longest - len(wanted))

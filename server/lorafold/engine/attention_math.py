@@ -23,12 +23,11 @@ class Kind:
     """Scores are squeezed into this range by tanh (Gemma 2)."""
 
 
-def places(cached_PSKD: Tensor, where: Whereabouts, window: int | None = None) -> Tensor:
-    """The last `window` places of a sequence as [1, K, L, D]: where they lie if they are neighbours, or else copied."""
+def places(cached_PSKD: Tensor, where: Whereabouts) -> Tensor:
+    """The places of a sequence as [1, K, L, D]: where they lie if they are neighbours, or else copied."""
     if where.place_L is None:
-        return run_of(cached_PSKD, last(where.runs, window)[0])
-    place_L = where.place_L if window is None else where.place_L[-window:]
-    return cached_PSKD.flatten(0, 1).index_select(0, place_L).transpose(0, 1)[None]
+        return run_of(cached_PSKD, where.runs[0])
+    return cached_PSKD.flatten(0, 1).index_select(0, where.place_L).transpose(0, 1)[None]
 
 
 def run_of(cached_PSKD: Tensor, run: Run) -> Tensor:

@@ -13,19 +13,19 @@ heads, G = H / K, D head width; P pages of S places.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lorafold.engine.attention_math import Kind, last, run_of
-from lorafold.engine.step import Run, Step, Whereabouts
+from lorafold.engine.step import Run, Step
 
 SHORT_BYTES = 1 << 20
 """Keys and values of a run up to which it is copied."""
 TOGETHER_BYTES = 8 << 20
 """Of all pieces that are copied at once: what an allocator keeps, and a cache holds."""
-ONE_THREAD_BYTES = 8 << 20
+ONE_THREAD_BYTES = 2 << 20
 """Keys and values of one layer up to which one thread is as fast as all: it need not wait for others, whom the system
 may have given something else to do.
 """
@@ -37,11 +37,8 @@ class Piece:
 
     row: int
     runs: tuple[Run, ...]
-
-    @property
-    def length(self) -> int:
-        """How many places."""
-        return sum(stop - start for start, stop in self.runs)
+    length: int
+    """How many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,15 +134,15 @@ def layout_of(step: Step, place_bytes: int, window: int | None) -> Layout:
     return step.layouts[key]
 
 
-def made_layout(sequences: Sequence[Whereabouts], place_bytes: int, window: int | None) -> Layout:
+def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: int | None) -> Layout:
     """Which pieces are computed together: all short ones, in groups that are not too large."""
     most = SHORT_BYTES // place_bytes
-    pieces = [piece for row, where in enumerate(sequences) for piece in pieces_of(row, where, window, most)]
+    pieces = [piece for row, runs in enumerate(sequences) for piece in pieces_of(row, last(runs, window), most)]
     short = [piece for piece in pieces if len(piece.runs) > 1 or piece.length <= most]
+    alone = [piece for piece in pieces if len(piece.runs) == 1 and piece.length > most]
     if len(short) == 1 and len(short[0].runs) == 1:
-        short = []  # Nothing to share a call with: it is read where it lies.
+        short, alone = [], pieces  # Nothing to share a call with: it is read where it lies.
     groups = grouped(short, TOGETHER_BYTES // place_bytes) if short else []
-    alone = [piece for piece in pieces if piece not in short]
     order = [piece.row for group in groups for piece in group] + [piece.row for piece in alone]
     return Layout(
         together=tuple(together(group, len(sequences)) for group in groups),
@@ -155,14 +152,13 @@ def made_layout(sequences: Sequence[Whereabouts], place_bytes: int, window: int 
     )
 
 
-def pieces_of(row: int, where: Whereabouts, window: int | None, most: int) -> Iterator[Piece]:
+def pieces_of(row: int, runs: Sequence[Run], most: int) -> Iterator[Piece]:
     """Each run of more than `most` places, and the others as one."""
-    runs = last(where.runs, window)
     for run in runs:
         if run[1] - run[0] > most:
-            yield Piece(row, (run,))
+            yield Piece(row, (run,), run[1] - run[0])
     if short := tuple(run for run in runs if run[1] - run[0] <= most):
-        yield Piece(row, short)
+        yield Piece(row, short, sum(stop - start for start, stop in short))
 
 
 def grouped(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
@@ -180,18 +176,34 @@ def grouped(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
 def together(pieces: Sequence[Piece], sequences: int) -> Together:
     """One group, of a step with so many sequences."""
     rows = [piece.row for piece in pieces]
-    each = [torch.cat([torch.arange(*run) for run in piece.runs]) for piece in pieces]
-    longest = max(len(place_L) for place_L in each)
+    lengths = [piece.length for piece in pieces]
     mask_N11L = None
-    if any(len(place_L) < longest for place_L in each):
-        length_N1 = torch.tensor([[len(place_L)] for place_L in each])
-        beyond_NL = torch.arange(longest) >= length_N1
+    if min(lengths) < max(lengths):
+        beyond_NL = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
         mask_N11L = torch.zeros(beyond_NL.shape).masked_fill_(beyond_NL, float("-inf"))[:, None, None]
     return Together(
         row_N=None if rows == list(range(sequences)) else torch.tensor(rows),
-        place_NL=pad_sequence(each, batch_first=True, padding_value=float(each[0][0])),
+        place_NL=places_of(pieces, max(lengths)),
         mask_N11L=mask_N11L,
     )
+
+
+def places_of(pieces: Sequence[Piece], longest: int) -> Tensor:
+    """Their places [N, L], int64, each filled up to `longest` with its own last one."""
+    most = max(len(piece.runs) for piece in pieces)
+    # Of each run, from which place of the piece on it is meant, and how far that lies from the place in the cache.
+    tables = []
+    for piece in pieces:
+        froms = list(accumulate((stop - start for start, stop in piece.runs), initial=0))[:-1]
+        shifts = [start - since for (start, _), since in zip(piece.runs, froms, strict=True)]
+        missing = most - len(piece.runs)
+        tables.append([[*froms, *[longest] * missing], [*shifts, *[0] * missing], [piece.length - 1] * most])
+    from_RN1, shift_RN1, last_RN1 = torch.tensor(tables).permute(1, 2, 0).unsqueeze(-1).unbind()
+    nth_NL = torch.arange(longest).minimum(last_RN1[0])
+    place_NL: Tensor = nth_NL + shift_RN1[0]
+    for from_N1, shift_N1 in zip(from_RN1[1:], shift_RN1[1:], strict=True):
+        place_NL = torch.where(nth_NL >= from_N1, nth_NL + shift_N1, place_NL)
+    return place_NL
 
 
 def merge_of(order: Sequence[int]) -> Merge:

@@ -101,7 +101,7 @@ class Step:
     """int64: its place in its sequence."""
     decoding: int
     """Sequences that decode one token each."""
-    decoding_at: tuple[Whereabouts, ...]
+    decoding_at: tuple[tuple[Run, ...], ...]
     """Where they lie; empty if there are tables."""
     chunks: tuple[Chunk, ...]
     """The sequences whose prompts are read."""
@@ -115,7 +115,7 @@ def plan_step(cache: PagedCache, parts: Sequence[Part], device: torch.device, *,
     """The step that runs `parts` in this order; those that decode come first. With tables for means that read them."""
     decoding = [part for part in parts if part.decodes]
     assert all(part.decodes for part in parts[: len(decoding)])
-    at = () if with_tables else tuple(whereabouts(part, cache.size, device) for part in decoding)
+    at = () if with_tables else tuple(tuple(runs_of(part.pages, part.length, cache.size)) for part in decoding)
     return Step(
         cache=cache,
         place_T=torch.tensor([place for part in parts for place in new_places(part, cache.size)], device=device),
