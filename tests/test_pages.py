@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafold.engine.pages import Holding, PagePool
+from lorafold.engine.pages import Holding, PagePool, sliding_maxima
 from lorafold.engine.step import runs_of
 from lorafold.errors import KvFull
 
@@ -73,6 +73,25 @@ def test_promised_room_is_taken_when_nothing_else_is_left() -> None:
     pool.grow(other, 36, at_most=36)
     pool.check_integrity([greedy, other])
     assert pool.available == 0
+
+
+def test_sequences_lie_in_one_piece_where_prefixes_that_were_unused_for_long_lay() -> None:
+    pool = PagePool(pages=13, size=SIZE)
+    prompts = [[index] * 8 for index in range(6)]
+    holdings = [sequence(pool, prompt) for prompt in prompts]
+    for index in (4, 5, 0, 2, 1, 3):  # Last used: the second pair, and one of the first.
+        pool.release(holdings[index])
+    piece = pool.start(None, [9])
+    pool.grow(piece, 16, at_most=16)
+    assert len(list(runs_of(piece.pages, 16, SIZE))) == 1
+    known = [len(pool.start(None, [*prompt, 7]).pages) for prompt in prompts]
+    assert known == [2, 2, 2, 2, 0, 0]
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 8))
+def test_maxima_of_neighbours(values: list[int], width: int) -> None:
+    expected = [max(values[place : place + width]) for place in range(len(values) - width + 1)]
+    assert list(sliding_maxima(values, width)) == expected
 
 
 @given(

@@ -10,6 +10,7 @@ Shapes in the names: B sequences, N pieces, R pieces of one sequence, L places t
 heads, G = H / K, D head width; P pages of S places.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from torch import Tensor
 from lorafold.engine.attention_math import Kind, last, run_of
 from lorafold.engine.step import Run, Step
 
-SHORT_BYTES = 1 << 20
-"""Keys and values of a run up to which it is copied."""
-TOGETHER_BYTES = 8 << 20
+SHORT_BYTES = 5 << 17
+"""Keys and values of one sequence that are copied at most: its shortest runs."""
+TOGETHER_BYTES = 5 << 20
 """Of all pieces that are copied at once: what an allocator keeps, and a cache holds."""
 ONE_THREAD_BYTES = 2 << 20
 """Keys and values of one layer up to which one thread is as fast as all: it need not wait for others, whom the system
@@ -153,12 +154,14 @@ def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: 
 
 
 def pieces_of(row: int, runs: Sequence[Run], most: int) -> Iterator[Piece]:
-    """Each run of more than `most` places, and the others as one."""
-    for run in runs:
-        if run[1] - run[0] > most:
-            yield Piece(row, (run,), run[1] - run[0])
-    if short := tuple(run for run in runs if run[1] - run[0] <= most):
-        yield Piece(row, short, sum(stop - start for start, stop in short))
+    """The shortest runs as one piece of up to `most` places, and each of the others."""
+    shortest = sorted(runs, key=lambda run: run[1] - run[0])
+    up_to = list(accumulate(stop - start for start, stop in shortest))
+    short = bisect_right(up_to, most)
+    if short:
+        yield Piece(row, tuple(shortest[:short]), up_to[short - 1])
+    for start, stop in shortest[short:]:
+        yield Piece(row, ((start, stop),), stop - start)
 
 
 def grouped(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:

@@ -8,8 +8,8 @@ A sequence gets neighbouring pages where it can: the room it may grow into is pr
 when nothing else is left. That costs nothing, and lets attention on a CPU read a sequence as one piece.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lorafold.errors import KvFull
@@ -19,6 +19,8 @@ Node = int | str
 """What a sealed page is known by; before the first page, the adapter's digest."""
 Key = tuple[Node, tuple[int, ...]]
 """The node of the page before, and the page's tokens."""
+KEPT = 1 << 62
+"""What a page is worth that must not be taken."""
 SCRATCH = 0
 """The page that is nobody's: rows that only pad a batch write here."""
 
@@ -144,10 +146,10 @@ class PagePool:
 
     def _run(self, holding: Holding, wanted: int) -> int:
         """The first page of the longest piece of up to `wanted` that can be had; the rest of it is promised."""
-        while self._unused and self._state.count(FREE) < wanted:
-            self._evict()
         while wanted:
             page = self._state.find(bytes([FREE]) * wanted)
+            if page < 0:
+                page = self._clear(wanted)
             if page >= 0:
                 holding.promised_until = page + wanted
                 self._state[page : page + wanted] = bytes([PROMISED]) * wanted
@@ -158,8 +160,30 @@ class PagePool:
         assert page > 0, "the caller has checked that there is a page"
         return page
 
-    def _evict(self) -> None:
-        page, _ = self._unused.popitem(last=False)
+    def _clear(self, wanted: int) -> int:
+        """Forgets the prefixes in `wanted` neighbouring pages that nobody uses; their first one, or -1.
+
+        Of all such pieces it is the one whose latest used page has been unused the longest.
+        """
+        if wanted == 1:
+            page = next(iter(self._unused), -1)
+            if page >= 0:
+                self._evict(page)
+            return page
+        age = {page: place for place, page in enumerate(self._unused)}
+        worth = [0 if state == FREE else age.get(page, KEPT) for page, state in enumerate(self._state)]
+        latest = list(sliding_maxima(worth, wanted))
+        least = min(latest, default=KEPT)
+        if least == KEPT:
+            return -1
+        first = latest.index(least)
+        for page in range(first, first + wanted):
+            if page in age:
+                self._evict(page)
+        return first
+
+    def _evict(self, page: int) -> None:
+        del self._unused[page]
         del self._nodes[self._keys.pop(page)]
         self._state[page] = FREE
 
@@ -178,3 +202,17 @@ class PagePool:
         used = {page for page, count in enumerate(users) if count}
         assert taken == {SCRATCH} | used | set(self._unused)
         assert not used & set(self._unused)
+
+
+def sliding_maxima(values: Sequence[int], width: int) -> Iterator[int]:
+    """The largest of each `width` neighbouring values."""
+    falling: deque[int] = deque()
+    """Places of values that may still be the largest: each is larger than those after it."""
+    for place, value in enumerate(values):
+        while falling and values[falling[-1]] <= value:
+            falling.pop()
+        falling.append(place)
+        if falling[0] <= place - width:
+            falling.popleft()
+        if place >= width - 1:
+            yield values[falling[0]]
