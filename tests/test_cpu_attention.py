@@ -49,20 +49,31 @@ def expected(query_BHD: Tensor, pages: Pages, kind: Kind) -> Tensor:
     short=st.sampled_from([0, 20, 10_000]),
     most=st.sampled_from([40, 200, 10_000]),
     seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
 def test_every_way_to_lay_a_step_out_computes_attention(
-    lengths: list[int], window: int | None, softcap: float | None, short: int, most: int, seed: int
+    lengths: list[int], window: int | None, softcap: float | None, short: int, most: int, seed: int, dtype: torch.dtype
 ) -> None:
-    pages = fill_pages(lengths, kv_heads=KV_HEADS, width=WIDTH, dtype=torch.float32, seed=seed)
-    query_BHD = torch.randn(len(lengths), HEADS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    pages = fill_pages(lengths, kv_heads=KV_HEADS, width=WIDTH, dtype=dtype, seed=seed)
+    query_BHD = torch.randn(len(lengths), HEADS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
     kind = Kind(0.5, window, softcap)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_attention, "SHORT_BYTES", short * PLACE_BYTES)
-        patch.setattr(cpu_attention, "TOGETHER_BYTES", most * PLACE_BYTES)
+        patch.setattr(cpu_attention, "SHORT_BYTES", short * 2 * KV_HEADS * WIDTH * dtype.itemsize)
+        patch.setattr(cpu_attention, "TOGETHER_BYTES", most * 2 * KV_HEADS * WIDTH * dtype.itemsize)
         result = decode_in_place(query_BHD, pages.keys_PSKD, pages.values_PSKD, step_of(pages), kind)
-    assert distance(result, expected(query_BHD, pages, kind)) < ATTENTION[torch.float32]
+    assert distance(result, expected(query_BHD, pages, kind)) < ATTENTION[dtype]
     if max(lengths) > 1 and window != 1:  # Negative control: other queries, other results.
         assert distance(result, expected(-query_BHD, pages, kind)) > EFFECT
+
+
+def test_what_is_no_number_stays_in_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 50 * PLACE_BYTES)
+    keys, values = torch.randn(2, 20, PAGE, KV_HEADS, WIDTH).unbind()
+    values[0, 3] = float("nan")
+    sequences = (((0, 20),), ((32, 132), (150, 160)), ((180, 200),))
+    step = cast(Step, SimpleNamespace(decoding_at=sequences, layouts={}))
+    output = decode_in_place(torch.randn(3, HEADS, WIDTH), keys, values, step, Kind(0.5, None, None))
+    assert output.isfinite().flatten(1).all(dim=1).tolist() == [False, True, True]
 
 
 def rows_of(layout: Layout, sequences: int) -> list[list[int]]:
@@ -83,6 +94,14 @@ def test_short_sequences_are_together_and_long_ones_alone(monkeypatch: pytest.Mo
     assert made_layout(sequences[:2], 1, None).together == ()
 
 
+def test_a_sequence_in_very_many_runs_is_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
+    runs = tuple((20 * run, 20 * run + 10) for run in range(50))
+    layout = made_layout([runs, ((2000, 2500),)], 1, None)
+    assert [group.place_NL.shape for group in layout.together] == [(1, 500)]
+    assert layout.alone == ((1, (2000, 2500)),)
+
+
 def test_the_ends_of_sequences_that_share_a_prefix_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     prefix = (0, 500)
@@ -95,7 +114,7 @@ def test_the_ends_of_sequences_that_share_a_prefix_are_together(monkeypatch: pyt
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(50, 200))
 def test_groups_hold_every_piece_once_and_no_more_places_than_they_may(lengths: list[int], most: int) -> None:
-    groups = grouped([Piece(row, ((0, length),), length) for row, length in enumerate(lengths)], most)
+    groups = grouped([Piece(row, ((0, length),), length, short=True) for row, length in enumerate(lengths)], most)
     assert sorted(piece.row for group in groups for piece in group) == list(range(len(lengths)))
     assert all(len(group) * max(piece.length for piece in group) <= most for group in groups)
 
@@ -120,7 +139,12 @@ def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_places_are_those_of_the_runs_in_order(lengths: list[list[int]]) -> None:
     starts = [[100 * row + 10 * run for run in range(len(each))] for row, each in enumerate(lengths)]
     pieces = [
-        Piece(row, tuple((start, start + size) for start, size in zip(starts[row], each, strict=True)), sum(each))
+        Piece(
+            row,
+            tuple((start, start + size) for start, size in zip(starts[row], each, strict=True)),
+            sum(each),
+            short=True,
+        )
         for row, each in enumerate(lengths)
     ]
     longest = max(piece.length for piece in pieces)

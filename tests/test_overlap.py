@@ -3,13 +3,13 @@
 Where the model runs on the CPU that gains nothing; it is the way on a GPU, and the same code.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorafold.engine.loop import Engine
 from lorafold.requests import Delta, Event, Failed, Finished, Sampling, Started
 from lorafold_adapters.policy import PolicyKind
 from tests.engines import Bench, Collected
@@ -51,6 +51,13 @@ def mixed_answers(make_adapter: MakeAdapter, overlap: bool) -> tuple[list[list[o
     return [[told(event) for event in some] for some in events], preemptions
 
 
+def wait_for_tokens(answer: Collected, count: int) -> None:
+    until = time.monotonic() + 60
+    while len(answer.tokens) < count:
+        assert time.monotonic() < until
+        time.sleep(0)
+
+
 def test_the_same_is_told_in_the_same_order(adapter_on_llama: MakeAdapter) -> None:
     at_once, before = mixed_answers(adapter_on_llama, overlap=False)
     later, after = mixed_answers(adapter_on_llama, overlap=True)
@@ -63,13 +70,13 @@ def test_the_same_is_told_in_the_same_order(adapter_on_llama: MakeAdapter) -> No
 def test_what_can_wait_is_told_after_the_next_step_was_launched(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     with Bench(tiny_llama(), overlap=overlap) as bench:
-        real = Engine._launch
+        real = bench.runner.run
 
-        def launch(*given: Any) -> Any:
+        def run(pieces: Any) -> Any:
             seen.append("step")
-            return real(*given)
+            return real(pieces)
 
-        monkeypatch.setattr(Engine, "_launch", launch)
+        monkeypatch.setattr(bench.runner, "run", run)
         answer = Collected()
 
         def sink(event: Event) -> None:
@@ -102,8 +109,7 @@ def test_rows_that_an_operator_keeps_waiting_were_told_everything(adapter_on_lla
     with Bench(tiny_llama(), overlap=True) as bench:
         digest = bench.load(adapter_on_llama(1))
         answer = bench.submit("it", PROMPTS[0], 400)
-        while len(answer.tokens) < 3:
-            pass
+        wait_for_tokens(answer, 3)
         bench.engine.merge(digest).result(60)
         chosen, heard = bench.engine.call(
             lambda: (bench.scheduler.running[0].generated, len(answer.tokens)),
@@ -118,8 +124,7 @@ def test_rows_that_an_operator_keeps_waiting_were_told_everything(adapter_on_lla
 def test_nothing_is_told_after_a_cancel() -> None:
     with Bench(tiny_llama(), overlap=True) as bench:
         answer, other = bench.submit("it", PROMPTS[0], 400), bench.submit("other", PROMPTS[1], 60)
-        while len(answer.tokens) < 3:
-            pass
+        wait_for_tokens(answer, 3)
         bench.engine.cancel("it")
         heard = bench.engine.call(lambda: len(answer.events)).result(60)
         assert isinstance(other.last, Finished)

@@ -88,6 +88,18 @@ def test_sequences_lie_in_one_piece_where_prefixes_that_were_unused_for_long_lay
     assert known == [2, 2, 2, 2, 0, 0]
 
 
+def test_what_was_promised_to_others_is_taken_as_neighbours() -> None:
+    pool = PagePool(pages=41, size=SIZE)
+    greedy = pool.start(None, [0])
+    pool.grow(greedy, 4, at_most=160)
+    other = pool.start(None, [1])
+    pool.grow(other, 80, at_most=80)
+    assert len(list(runs_of(other.pages, 80, SIZE))) == 1
+    pool.grow(greedy, 80, at_most=160)
+    assert len(list(runs_of(greedy.pages, 80, SIZE))) == 1
+    pool.check_integrity([greedy, other])
+
+
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 8))
 def test_maxima_of_neighbours(values: list[int], width: int) -> None:
     expected = [max(values[place : place + width]) for place in range(len(values) - width + 1)]

@@ -44,12 +44,15 @@ class Answers:
                 continue
             try:
                 token = add(row, pick, came_from, self._vocabulary, now)
-                if self._overlap and token.can_wait:
-                    self._untold.append(token)
-                elif tell(token):
-                    self._done(row)
+                waits = self._overlap and token.can_wait
+                done = not waits and tell(token)
             except Exception as error:
                 self._failed(row, error)
+                continue
+            if waits:
+                self._untold.append(token)
+            if done:
+                self._done(row)
 
     def tell_rest(self) -> None:
         """Tells what waits."""

@@ -10,7 +10,7 @@ Shapes in the names: B sequences, N pieces, R pieces of one sequence, L places t
 heads, G = H / K, D head width; P pages of S places.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ from lorafold.engine.attention_math import Kind, last, run_of
 from lorafold.engine.step import Run, Step
 
 SHORT_BYTES = 5 << 17
-"""Keys and values of one sequence that are copied at most: its shortest runs."""
+"""Keys and values of one sequence that are copied: its shortest runs, up to so many."""
+SHORTEST = 8
+"""Runs below this part of `SHORT_BYTES` are copied in any case: a call for each would take longer."""
 TOGETHER_BYTES = 5 << 20
 """Of all pieces that are copied at once: what an allocator keeps, and a cache holds."""
 ONE_THREAD_BYTES = 2 << 20
@@ -40,6 +42,8 @@ class Piece:
     runs: tuple[Run, ...]
     length: int
     """How many."""
+    short: bool
+    """True if it is copied, together with others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,7 @@ class Merge:
     """Which pieces make a sequence. They are numbered in the order in which they are computed."""
 
     piece_BR: Tensor
-    """int64; filled up with any."""
+    """int64; filled up with the sequence's own first one: another's might not be a number, whatever its weight."""
     absent_BR: Tensor
     """bool: what only fills up."""
 
@@ -139,8 +143,7 @@ def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: 
     """Which pieces are computed together: all short ones, in groups that are not too large."""
     most = SHORT_BYTES // place_bytes
     pieces = [piece for row, runs in enumerate(sequences) for piece in pieces_of(row, last(runs, window), most)]
-    short = [piece for piece in pieces if len(piece.runs) > 1 or piece.length <= most]
-    alone = [piece for piece in pieces if len(piece.runs) == 1 and piece.length > most]
+    short, alone = [piece for piece in pieces if piece.short], [piece for piece in pieces if not piece.short]
     if len(short) == 1 and len(short[0].runs) == 1:
         short, alone = [], pieces  # Nothing to share a call with: it is read where it lies.
     groups = grouped(short, TOGETHER_BYTES // place_bytes) if short else []
@@ -154,14 +157,17 @@ def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: 
 
 
 def pieces_of(row: int, runs: Sequence[Run], most: int) -> Iterator[Piece]:
-    """The shortest runs as one piece of up to `most` places, and each of the others."""
+    """The shortest runs as one piece, of up to `most` places unless they are too short for calls of their own; and each
+    of the others.
+    """
     shortest = sorted(runs, key=lambda run: run[1] - run[0])
-    up_to = list(accumulate(stop - start for start, stop in shortest))
-    short = bisect_right(up_to, most)
+    lengths = [stop - start for start, stop in shortest]
+    up_to = list(accumulate(lengths))
+    short = max(bisect_right(up_to, most), bisect_left(lengths, most // SHORTEST))
     if short:
-        yield Piece(row, tuple(shortest[:short]), up_to[short - 1])
-    for start, stop in shortest[short:]:
-        yield Piece(row, ((start, stop),), stop - start)
+        yield Piece(row, tuple(shortest[:short]), up_to[short - 1], short=True)
+    for run, length in zip(shortest[short:], lengths[short:], strict=True):
+        yield Piece(row, (run,), length, short=False)
 
 
 def grouped(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
@@ -216,7 +222,7 @@ def merge_of(order: Sequence[int]) -> Merge:
         pieces[row].append(piece)
     most = max(map(len, pieces))
     return Merge(
-        piece_BR=torch.tensor([[*own, *[0] * (most - len(own))] for own in pieces]),
+        piece_BR=torch.tensor([[*own, *own[:1] * (most - len(own))] for own in pieces]),
         absent_BR=torch.tensor([[False] * len(own) + [True] * (most - len(own)) for own in pieces]),
     )
 

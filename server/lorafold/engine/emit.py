@@ -14,6 +14,7 @@ from lorafold.requests import (
     Sink,
     Started,
     Timings,
+    TokenLogprobs,
 )
 
 
@@ -52,7 +53,8 @@ class Token:
     """A token that was added to a row, and what its sink is to be told."""
 
     row: Row
-    pick: Pick
+    id: int
+    logprobs: TokenLogprobs | None
     ended: FinishReason | None
     """Why the completion ends with it, as far as ids and length tell."""
     provenance: Provenance
@@ -80,7 +82,7 @@ def add(row: Row, pick: Pick, provenance: Provenance, vocabulary: Vocabulary, no
     ended = vocabulary.ends(row.request, pick.token)
     if ended is None and row.generated >= row.request.max_tokens:
         ended = FinishReason.LENGTH
-    return Token(row=row, pick=pick, ended=ended, provenance=provenance, now=now)
+    return Token(row=row, id=pick.token, logprobs=pick.logprobs, ended=ended, provenance=provenance, now=now)
 
 
 def tell(token: Token) -> bool:
@@ -88,12 +90,13 @@ def tell(token: Token) -> bool:
 
     A token that ends it is among the ids of the answer, and not part of its text.
     """
-    row, chosen = token.row, token.row.tokens[-1]
+    row = token.row
+    assert row.tokens[-1] == token.id, "a row has one untold token at most"
     if row.generated == 1:
         since = token.now - row.request.arrived
         row.sink(Started(index=row.index, provenance=token.provenance, seconds=since))
-    text = row.text.push(chosen) if token.ended in (None, FinishReason.LENGTH) else ""
-    row.sink(Delta(index=row.index, text=text, token_id=chosen, logprobs=token.pick.logprobs))
+    text = row.text.push(token.id) if token.ended in (None, FinishReason.LENGTH) else ""
+    row.sink(Delta(index=row.index, text=text, token_id=token.id, logprobs=token.logprobs))
     if token.ended is None and row.text.stopped_by is None:
         return False
     row.sink(finished(row, token.ended or FinishReason.STOP_STRING, token.provenance, token.now))

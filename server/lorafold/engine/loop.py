@@ -141,6 +141,7 @@ class Engine:
                 self._scheduler.remove(row)
 
     def _merge(self, adapter: str) -> Change:
+        self._answers.tell_rest()
         change = self.weights.pin(adapter)
         for row in self._scheduler.running:
             if row.request.adapter == adapter:
@@ -149,6 +150,7 @@ class Engine:
         return change
 
     def _unmerge(self) -> Change:
+        self._answers.tell_rest()
         change = self.weights.unpin()
         for row in self._scheduler.running:
             if row.request.policy is PolicyKind.UNMERGED:
@@ -172,21 +174,16 @@ class Engine:
 
     def _step(self) -> None:
         """Plan, schedule, run, emit."""
-        lanes = self._scheduler.lanes
-        self._scheduler.admit(
-            lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()),
-            self.now(),
-            held=self.weights.held,
-        )
-        if len(lanes()) != 1:  # No step follows, or a fold may come first.
+        lanes = self._admitted()
+        if len(lanes) != 1:  # No step follows, or a fold may come first.
             self._answers.tell_rest()
-        if not lanes():
+        if not lanes:
             if self._scheduler.waiting:
                 self._wait_for_a_command()
             return
         start = self.now()
         try:
-            lane = self.weights.next_lane(lanes(), start)
+            lane = self.weights.next_lane(lanes, start)
         except TurnFailed as failure:
             self._turn_failed(failure)
             return
@@ -197,6 +194,16 @@ class Engine:
         elif self.weights.held is not None:
             self._wait_for_a_command()
         self._wait((row for row in self._scheduler.running if row.lane != lane), self.now() - planned)
+
+    def _admitted(self) -> dict[Lane, int]:
+        """Starts the rows that there is room for; how many run, by lane."""
+        lanes = self._scheduler.lanes
+        self._scheduler.admit(
+            lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()),
+            self.now(),
+            held=self.weights.held,
+        )
+        return lanes()
 
     def _wait_for_a_command(self) -> None:
         """An operator holds the weights and no row may run: only a command, or a deadline, changes that."""
@@ -237,9 +244,10 @@ class Engine:
             for part in parts
         ]
         try:
+            logits_SV = self._runner.run(pieces)
+            self._answers.tell_rest()  # On a GPU that step still runs. Choosing tokens may wait for it.
             sampling = [part.row for part in parts if part.samples]
-            chosen = self._launch(pieces, sampling)
-            self._answers.tell_rest()
+            chosen = sample(logits_SV, [row.sampling for row in sampling]) if sampling else None
             read = [0 if part.row.ended else self._scheduler.ran(part) for part in parts]
             self._extend(sampling, chosen, lane)
         except torch.AcceleratorError:
@@ -257,11 +265,6 @@ class Engine:
         for part in parts:
             if part.row in self._scheduler.running:
                 self._fail(part.row, told)
-
-    def _launch(self, pieces: list[Piece], sampling: list[Row]) -> Chosen | None:
-        """Starts the step and the choice of each row's next token; on a GPU neither is done on return."""
-        logits_SV = self._runner.run(pieces)
-        return sample(logits_SV, [row.sampling for row in sampling]) if sampling else None
 
     def _extend(self, rows: list[Row], chosen: Chosen | None, lane: Lane) -> None:
         """Adds the chosen tokens, once they are there."""

@@ -4,8 +4,8 @@ Pure Python: no tensors. A full page is known by its adapter's digest and every 
 are only ever shared by sequences that would compute the very same ones. Pages of sequences that ended stay until their
 room is needed, the longest unused first.
 
-A sequence gets neighbouring pages where it can: the room it may grow into is promised to it, and taken from it only
-when nothing else is left. That costs nothing, and lets attention on a CPU read a sequence as one piece.
+Where attention reads sequences as one piece, on a CPU, they get neighbouring pages: the room that one may grow into is
+promised to it, and taken from it only when nothing else is left. Old prefixes make room for it, neighbours together.
 """
 
 from collections import OrderedDict, deque
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from lorafold.errors import KvFull
 
 TAKEN, FREE, PROMISED = 0, 1, 2
+"""What a page can be; those that are kept for later sequences are taken too."""
 Node = int | str
 """What a sealed page is known by; before the first page, the adapter's digest."""
 Key = tuple[Node, tuple[int, ...]]
@@ -146,41 +147,48 @@ class PagePool:
 
     def _run(self, holding: Holding, wanted: int) -> int:
         """The first page of the longest piece of up to `wanted` that can be had; the rest of it is promised."""
-        while wanted:
-            page = self._state.find(bytes([FREE]) * wanted)
-            if page < 0:
-                page = self._clear(wanted)
+        free, width = bytes([FREE]), wanted
+        if not self._unused and free not in self._state:
+            free = bytes([PROMISED])  # To others: the last ones go first, which they would need the latest.
+        while True:
+            page = self._state.rfind(free * width) if free[0] == PROMISED else self._state.find(free * width)
+            if page < 0 and free[0] == FREE:
+                page = self._clear(width)
             if page >= 0:
-                holding.promised_until = page + wanted
-                self._state[page : page + wanted] = bytes([PROMISED]) * wanted
+                holding.promised_until = page + width
+                self._state[page : page + width] = bytes([PROMISED]) * width
                 return page
-            wanted //= 2
-        holding.promised_until = 0
-        page = self._state.rfind(bytes([PROMISED]))
-        assert page > 0, "the caller has checked that there is a page"
-        return page
+            width //= 2
+            assert width, "the caller has checked that there is a page"
 
     def _clear(self, wanted: int) -> int:
         """Forgets the prefixes in `wanted` neighbouring pages that nobody uses; their first one, or -1.
 
         Of all such pieces it is the one whose latest used page has been unused the longest.
         """
-        if wanted == 1:
-            page = next(iter(self._unused), -1)
-            if page >= 0:
-                self._evict(page)
+        if wanted == 1 and self._unused:
+            page = next(iter(self._unused))
+            self._evict(page)
             return page
+        if not self._could_clear(wanted):
+            return -1
         age = {page: place for place, page in enumerate(self._unused)}
         worth = [0 if state == FREE else age.get(page, KEPT) for page, state in enumerate(self._state)]
         latest = list(sliding_maxima(worth, wanted))
-        least = min(latest, default=KEPT)
-        if least == KEPT:
-            return -1
-        first = latest.index(least)
+        first = latest.index(min(latest))
         for page in range(first, first + wanted):
             if page in age:
                 self._evict(page)
         return first
+
+    def _could_clear(self, wanted: int) -> bool:
+        """True if there are so many neighbouring pages that are free or that nobody uses."""
+        if len(self._unused) + self._state.count(FREE) < wanted:
+            return False
+        state = bytearray(self._state)
+        for page in self._unused:
+            state[page] = FREE
+        return bytes([FREE]) * wanted in state
 
     def _evict(self, page: int) -> None:
         del self._unused[page]
@@ -206,8 +214,8 @@ class PagePool:
 
 def sliding_maxima(values: Sequence[int], width: int) -> Iterator[int]:
     """The largest of each `width` neighbouring values."""
+    # Places of values that may still be the largest: each is larger than those after it.
     falling: deque[int] = deque()
-    """Places of values that may still be the largest: each is larger than those after it."""
     for place, value in enumerate(values):
         while falling and values[falling[-1]] <= value:
             falling.pop()

@@ -70,8 +70,8 @@ class Chosen:
 def sample(logits_SV: Tensor, rows: Sequence[SamplingState]) -> Chosen:
     """The next token of each row; `logits_SV` of any floating dtype, left as it is.
 
-    Nothing waits for the device but the look for rows whose cuts a few candidates do not cover. If the batch raises,
-    each row is chosen for alone, and only the culprits fail.
+    Greedy choices do not wait for the device; the settings of other rows, and the look for rows whose cuts a few
+    candidates do not cover, do. If the batch raises, each row is chosen for alone, and only the culprits fail.
     """
     try:
         return choose(logits_SV, rows)
