@@ -225,6 +225,14 @@ def test_the_last_to_start_gives_its_room_up_and_is_the_next_to_start_again() ->
     assert len(second.tokens) == length + 1
 
 
+def test_rows_that_have_all_the_room_they_may_need_keep_none_free_to_grow_into() -> None:
+    scheduler = scheduler_of(rows=4, pages=4)
+    for name in "abcd":
+        scheduler.add(row(name, [ord(name)], max_tokens=SIZE - 1))
+    admit(scheduler)
+    assert names(scheduler.running) == ["a", "b", "c", "d"]
+
+
 def outgrowing(scheduler: Scheduler) -> tuple[Row, Row]:
     """Two rows of different lanes that fill the cache; the second one started last."""
     first, second = (row(name, [start, 1, 2], max_tokens=9, adapter=name) for name, start in (("a", 1), ("b", 2)))

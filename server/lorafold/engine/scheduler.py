@@ -178,10 +178,11 @@ class Scheduler:
         return None
 
     def _start(self, row: Row) -> bool:
-        """Gives a row its pages if they are there, and one more for each running row to grow."""
+        """Gives a row its pages if they are there, and one more for each running row that may still grow."""
         holding = self.pool.start(row.request.adapter, row.tokens)
         wanted = self.pool.pages_for(len(row.tokens)) - len(holding.pages)
-        if self._running and wanted + len(self._running) > self.pool.available:
+        growing = sum(len(other.pages) < self.pool.pages_for(other.at_most) for other in self._running)
+        if self._running and wanted + growing > self.pool.available:
             self.pool.release(holding)
             return False
         self.pool.grow(holding, len(row.tokens), at_most=row.at_most)
