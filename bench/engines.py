@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.work import Run, Work
+from lorafold.config import PolicyConfig
 from lorafold.engine.budget import PAGE_TOKENS
 from lorafold.engine.detokenize import remembering
 from lorafold.engine.emit import Vocabulary
@@ -26,12 +27,13 @@ from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
 from lorafold.metrics import Metrics
 from lorafold.model import use_our_attention
+from lorafold.parts import make_policy
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.policy import PolicyKind, TurnTaking
+from lorafold_adapters.costs import Costs
+from lorafold_adapters.policy import PolicyKind
 
-TURN_SECONDS = 0.25
 LONGEST = 600.0
 """Seconds after which an answer is given up."""
 
@@ -49,7 +51,8 @@ def engine_of(
     use_our_attention(model)
     choose_linear(model)
     manager = AdapterManager(model, max_delta_error=float("inf"))
-    metrics = Metrics(CollectorRegistry())
+    metrics, costs = Metrics(CollectorRegistry()), Costs()
+    policy = make_policy(PolicyConfig(), costs)
     pool = PagePool(pages=1 + slots * -(-context // PAGE_TOKENS), size=PAGE_TOKENS)
     runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
     runner.warm_up()
@@ -57,7 +60,7 @@ def engine_of(
         runner.compile()
     engine = Engine(
         runner=runner,
-        weights=WeightsControl(manager, TurnTaking(TURN_SECONDS), metrics.weights_changed, no_second_base),
+        weights=WeightsControl(manager, policy, costs, metrics, no_second_base),
         scheduler=Scheduler(pool=pool, max_batch=slots, max_waiting=slots, prefill_tokens=prefill_tokens),
         vocabulary=Vocabulary(
             decode=remembering(lambda ids: str(tokenizer.decode(list(ids)))), end_of_sequence=frozenset()

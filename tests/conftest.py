@@ -81,7 +81,7 @@ def demo_config(**sections: object) -> Config:
         "base": {"model": str(DEMO / "base"), "device": "cpu"},
         "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"},
         "engine": {"max_batch": 8, "max_context": 512},
-        "policy": {"turn_seconds": 0.02},
+        "policy": {"max_wait_seconds": 0.05},
         "deployments": [
             {"name": name, "adapter": str(DEMO / name), "policy": policy} for name, policy in POLICIES.items()
         ],
@@ -133,3 +133,15 @@ def adapter_on_qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return save_adapter(tiny_qwen(), tmp_path_factory.mktemp("adapter"), seed, **config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """Asks again and again until something is so; each question is a round trip to what it asks."""
+
+    def wait(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+        last = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < last, "it never came to be"
+
+    return wait

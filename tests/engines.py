@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,17 +10,21 @@ from torch import nn
 
 from lorafold.engine.attention_means import Means
 from lorafold.engine.detokenize import Decode
+from lorafold.engine.drains import Drained, DrainMode, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.weights import Change, WeightsControl
+from lorafold.engine.weights import WeightsControl
+from lorafold.engine.weights_state import Change
 from lorafold.model import use_our_attention
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.policy import Mode, PolicyKind, TurnTaking
+from lorafold_adapters.costs import Costs
+from lorafold_adapters.policy import Mode, Plan, PolicyKind
+from lorafold_adapters.turns import MeasuredTurns
 from tests.models import tiny_llama
 
 PAGE = 16
@@ -51,10 +56,11 @@ class Collected:
 
 @dataclass
 class Recorder:
-    """Observer and on_change in one: what the engine told."""
+    """What the engine told."""
 
     steps: list[Mode] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
     death: list[BaseException | None] = field(default_factory=list)
     health: list[bool] = field(default_factory=list)
 
@@ -63,6 +69,12 @@ class Recorder:
 
     def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
         pass
+
+    def planned(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+    def changed(self, change: Change) -> None:
+        self.changes.append(change)
 
     def queues(self, waiting: int, running: int, preemptions: int) -> None:
         pass
@@ -89,12 +101,15 @@ class Bench:
         self.model = model
         self.manager = AdapterManager(model)
         self.recorder = Recorder()
+        costs = Costs()
         pool = PagePool(pages=pages or 1 + slots * -(-length // PAGE), size=PAGE)
         self.runner = Runner(model, self.manager, PagedCache(pages=pool.pages, size=PAGE), means)
         self.scheduler = Scheduler(pool=pool, max_batch=slots, max_waiting=1000, prefill_tokens=prefill)
         self.engine = Engine(
             runner=self.runner,
-            weights=WeightsControl(self.manager, TurnTaking(turn), self.recorder.changes.append, load_base),
+            weights=WeightsControl(
+                self.manager, MeasuredTurns(costs, swap_share=0.5, max_wait=turn), costs, self.recorder, load_base
+            ),
             scheduler=self.scheduler,
             vocabulary=Vocabulary(decode=decode, end_of_sequence=frozenset()),
             observer=self.recorder,
@@ -115,6 +130,15 @@ class Bench:
         bound = self.manager.bind(adapter)
         self.engine.call(lambda: self.engine.weights.acquire(bound)).result(60)
         return bound.digest
+
+    def merge(self, adapter: str | None, mode: DrainMode = DrainMode.PARK, **order: Any) -> "Future[Drained]":
+        """As MergeAdapter does; None is the base, and held."""
+        given = {"folded": adapter, "hold": True, "mode": mode, "until": None}
+        return self.engine.order(Order(**{**given, **order}))
+
+    def unmerge(self, mode: DrainMode = DrainMode.PARK, **order: Any) -> "Future[Drained]":
+        """As UnmergeAdapter does."""
+        return self.merge(None, mode, **{"hold": False, **order})
 
     def request(self, name: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> Request:
         """A request that arrives now."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lorafold.engine.scheduler import Part
+from lorafold.engine.rows import Part
 from lorafold.requests import Delta, Finished, Sampling
-from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.policy import Plan, PolicyKind
 from tests.engines import PAGE, Bench
 from tests.models import KINDS, prompts, tiny_llama
 from tests.test_parity import family, generated
@@ -23,8 +23,8 @@ def parts_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     real = bench.scheduler.schedule
 
-    def schedule(lane: str | None) -> list[Part]:
-        parts = real(lane)
+    def schedule(plan: Plan) -> list[Part]:
+        parts = real(plan)
         read.extend(part.tokens for part in parts if not part.decodes)
         return parts
 

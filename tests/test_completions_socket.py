@@ -87,8 +87,8 @@ def test_cancelling_ends_every_completion(server: RunningServer, client: Client)
 
 def test_more_completions_than_the_queue_holds_are_refused_whole(server: RunningServer, client: Client) -> None:
     scheduler = server.app.parts.engine._scheduler
-    most = scheduler._max_batch, scheduler._max_waiting
-    scheduler._max_batch, scheduler._max_waiting = 1, 2
+    most = scheduler.max_batch, scheduler._max_waiting
+    scheduler.max_batch, scheduler._max_waiting = 1, 2
     try:
         with pytest.raises(ServerError) as caught:
             client.generate("abc", n=4, temperature=1.0)
@@ -104,7 +104,7 @@ def test_more_completions_than_the_queue_holds_are_refused_whole(server: Running
         assert caught.value.retry_after == 1.0
         running.cancel()
     finally:
-        scheduler._max_batch, scheduler._max_waiting = most
+        scheduler.max_batch, scheduler._max_waiting = most
     wait_until_idle(server)
 
 

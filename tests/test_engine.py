@@ -109,7 +109,7 @@ def test_a_full_queue_refuses_the_one_too_many() -> None:
 
 
 def test_every_second_of_a_request_is_accounted_for(adapter_on_llama: MakeAdapter) -> None:
-    with Bench(tiny_llama(), slots=2, turn=0.005) as bench:
+    with Bench(tiny_llama(), slots=1, turn=0.005) as bench:
         digest = bench.load(adapter_on_llama(**KINDS["plain"]))
         merged = bench.submit("merged", PROMPT, 60, adapter=digest, policy=PolicyKind.MERGED)
         base = bench.submit("base", PROMPT, 60)
@@ -162,7 +162,7 @@ def test_a_slot_that_held_nan_is_clean_for_the_next_request(tmp_path: Path) -> N
 def test_a_held_adapters_own_requests_get_slots(adapter_on_llama: MakeAdapter) -> None:
     with Bench(tiny_llama(), slots=2) as bench:
         digest = bench.load(adapter_on_llama(**KINDS["plain"]))
-        bench.engine.merge(digest).result(30)
+        bench.merge(digest).result(30)
         waiting = [bench.submit(f"base-{index}", PROMPT, 5) for index in range(3)]
         late = bench.submit("late", PROMPT, 5, deadline=bench.engine.now() + 0.2)
         own = bench.submit("own", PROMPT, 5, adapter=digest)
@@ -171,7 +171,7 @@ def test_a_held_adapters_own_requests_get_slots(adapter_on_llama: MakeAdapter) -
         assert isinstance(late.last, Failed)
         assert isinstance(late.last.error, DeadlineExceeded)
         assert not any(answer.done.is_set() for answer in waiting)
-        bench.engine.unmerge().result(30)
+        bench.unmerge().result(30)
         for answer in waiting:
             assert isinstance(answer.last, Finished)
 
@@ -182,13 +182,13 @@ def test_merging_takes_slots_back_from_rows_that_have_not_run(adapter_on_llama: 
         gate = threading.Event()
         blocked = bench.engine.call(lambda: gate.wait(30))
         others = [bench.submit(f"base-{index}", PROMPT, 5) for index in range(2)]
-        merged = bench.engine.merge(digest)
+        merged = bench.merge(digest)
         own = bench.submit("own", PROMPT, 5, adapter=digest)
         gate.set()
         assert blocked.result(30)
-        assert merged.result(30).state.pinned
+        assert merged.result(30).change.state.pinned
         assert isinstance(own.last, Finished)
-        bench.engine.unmerge().result(30)
+        bench.unmerge().result(30)
         for answer in others:
             assert isinstance(answer.last, Finished)
 

@@ -110,14 +110,14 @@ def test_rows_that_an_operator_keeps_waiting_were_told_everything(adapter_on_lla
         digest = bench.load(adapter_on_llama(1))
         answer = bench.submit("it", PROMPTS[0], 400)
         wait_for_tokens(answer, 3)
-        bench.engine.merge(digest).result(60)
+        bench.merge(digest).result(60)
         chosen, heard = bench.engine.call(
             lambda: (bench.scheduler.running[0].generated, len(answer.tokens)),
         ).result(60)
         if heard < chosen:  # The engine had not yet come to wait.
             assert heard == chosen - 1
             assert bench.engine.call(lambda: len(answer.tokens)).result(60) == chosen
-        bench.engine.unmerge().result(60)
+        bench.unmerge().result(60)
         assert isinstance(answer.last, Finished)
 
 

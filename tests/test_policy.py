@@ -1,77 +1,222 @@
-"""Turns and lanes. Time is an argument; nothing runs."""
+"""Turns, and what `auto` folds. Time is an argument; nothing runs."""
 
-from typing import Any
+from collections.abc import Mapping
+from itertools import pairwise
 
-from lorafold_adapters.policy import SHARED, Lane, LaneView, Plan, PolicyKind, TurnTaking
+import pytest
 
+from lorafold_adapters.costs import Costs
+from lorafold_adapters.policy import SHARED, Cause, Group, Hold, Plan, PolicyKind, QueueView, Side
+from lorafold_adapters.turns import MeasuredTurns
 
-def view(rows: dict[Lane, int], pinned: str | None = None) -> LaneView:
-    return LaneView(pinned=pinned, rows=rows)
-
-
-def lanes_over_time(policy: TurnTaking, rows: dict[Lane, int], steps: int, step: float = 0.1) -> list[Lane]:
-    return [policy.plan(view(rows), now=index * step).folded for index in range(steps)]
-
-
-def test_a_lane_alone_keeps_its_turn() -> None:
-    assert set(lanes_over_time(TurnTaking(0.25), {"a": 1}, 20)) == {"a"}
+MERGED, UNMERGED, AUTO = PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.AUTO
+BASE: Group = (None, UNMERGED)
+STEP = 0.01
 
 
-def test_every_lane_gets_a_turn_and_none_starves() -> None:
-    turns = lanes_over_time(TurnTaking(0.25), {"a": 3, "b": 1, SHARED: 9}, 60)
-    changes = [lane for index, lane in enumerate(turns) if index == 0 or turns[index - 1] != lane]
-    assert set(changes[:3]) == {"a", "b", SHARED}
-    assert all(changes[index : index + 3] != [] and len(set(changes[index : index + 3])) == 3 for index in range(6))
+def costs(*, fold: float = 0.02, restore: float = 0.01, overhead: float = 1.2, per_row: float = 0.0) -> Costs:
+    """Steps of 10 ms and so much more for each row beyond the first; folded, and times `overhead` two-path."""
+    known = Costs()
+    for rows in (1, 2, 4, 8, 16, 32):
+        seconds = STEP + per_row * (rows - 1)
+        known.step(two_path=False, rows=rows, seconds=seconds)
+        known.step(two_path=True, rows=rows, seconds=seconds * overhead)
+    known.changed(was_folded=False, is_folded=True, seconds=fold)
+    known.changed(was_folded=True, is_folded=False, seconds=restore)
+    return known
 
 
-def test_a_turn_lasts_as_long_as_configured() -> None:
-    turns = lanes_over_time(TurnTaking(0.5), {"a": 1, "b": 1}, 40)
-    lengths: list[list[Any]] = []
-    for lane in turns:
-        if lengths and lengths[-1][0] == lane:
-            lengths[-1][1] += 1
-        else:
-            lengths.append([lane, 1])
-    assert all(length in (5, 6) for _, length in lengths[1:-1])
+def policy(known: Costs | None = None, *, swap_share: float = 0.05, max_wait: float = 1.0) -> MeasuredTurns:
+    return MeasuredTurns(known or costs(), swap_share=swap_share, max_wait=max_wait)
 
 
-def test_a_lane_without_rows_gives_its_turn_away_at_once() -> None:
-    policy = TurnTaking(10.0)
-    assert policy.plan(view({"a": 1, "b": 1}), 0.0).folded == "a"
-    assert policy.plan(view({"b": 1}), 0.01).folded == "b"
+def view(rows: Mapping[Group, int], *, held: Hold | None = None, places: int = 32) -> QueueView:
+    return QueueView(held=held, folded=None, rows=rows, places=places)
 
 
-def test_a_pin_wins_over_everything() -> None:
-    plan = TurnTaking(0.1).plan(view({"a": 5}, pinned="z"), 0.0)
-    assert plan == Plan(folded="z", reason="held by MergeAdapter")
+def run(policy: MeasuredTurns, rows: Mapping[Group, int], seconds: float, start: float = 0.0) -> list[Plan]:
+    """Plans of steps of 10 ms."""
+    return [policy.plan(view(rows), start + index * STEP) for index in range(round(seconds / STEP))]
 
 
-def test_lanes_follow_the_declared_policy() -> None:
-    policy = TurnTaking(0.1)
-    busy = view({"b": 2})
-    assert policy.lane("a", PolicyKind.MERGED, busy) == "a"
-    assert policy.lane("a", PolicyKind.UNMERGED, busy) is SHARED
-    assert policy.lane(None, PolicyKind.UNMERGED, busy) is SHARED
+def turns_of(plans: list[Plan]) -> list[tuple[Side, int]]:
+    """Sides in order, and how many steps each turn had."""
+    turns: list[tuple[Side, int]] = []
+    for plan in plans:
+        steps = turns.pop()[1] if turns and turns[-1][0] == plan.folded else 0
+        turns.append((plan.folded, steps + 1))
+    return turns
 
 
-def test_auto_folds_when_alone_and_shares_otherwise() -> None:
-    policy = TurnTaking(0.1)
-    assert policy.lane("a", PolicyKind.AUTO, view({})) == "a"
-    assert policy.lane("a", PolicyKind.AUTO, view({"a": 2})) == "a"
-    assert policy.lane("a", PolicyKind.AUTO, view({"a": 2, SHARED: 1})) is SHARED
-    assert policy.lane("a", PolicyKind.AUTO, view({"b": 1})) is SHARED
+def test_a_side_alone_keeps_its_turn() -> None:
+    assert {plan.folded for plan in run(policy(), {("a", MERGED): 1}, 5)} == {"a"}
 
 
-def test_every_plan_has_a_reason() -> None:
-    policy = TurnTaking(0.1)
-    queues: list[dict[Lane, int]] = [{"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {SHARED: 1}]
-    for rows in queues:
-        assert policy.plan(view(rows), 0.0).reason
+def test_sides_take_turns_and_none_starves() -> None:
+    rows: dict[Group, int] = {("a", MERGED): 3, ("b", MERGED): 1, BASE: 9}
+    turns = [side for side, _ in turns_of(run(policy(), rows, 20))]
+    assert len(turns) >= 9
+    assert all(set(turns[index : index + 3]) == {"a", "b", SHARED} for index in range(len(turns) - 2))
 
 
-def test_lanes_that_come_and_go_do_not_starve_one_that_stays() -> None:
-    policy, turns = TurnTaking(0.25), 0
-    for step in range(300):
-        passing = f"passing-{step // 3}"
-        turns += policy.plan(view({"a": 1, passing: 1}), now=step * 0.1).folded == "a"
-    assert turns > 60
+@pytest.mark.parametrize(("share", "steps"), [(0.05, 60), (0.1, 30), (0.5, 6)])
+def test_a_turn_lasts_until_the_swap_is_the_declared_share_of_it(share: float, steps: int) -> None:
+    """A swap takes 30 ms, so that at 5 % a turn has 600 ms, which are 60 steps."""
+    turns = turns_of(run(policy(swap_share=share), {("a", MERGED): 1, ("b", MERGED): 1}, 10))
+    assert all(abs(length - steps) <= 1 for _, length in turns[1:-1])
+
+
+def test_the_bound_on_waiting_comes_before_the_share() -> None:
+    rows: dict[Group, int] = {(name, MERGED): 1 for name in "abcdefghijk"}
+    plans = run(policy(max_wait=1.0), rows, 20)
+    last = {name: 0 for name, _ in rows}
+    for step, plan in enumerate(plans):
+        last[plan.folded] = step
+        if step > 200:
+            assert all(step - seen <= 1.0 / STEP + 11 for seen in last.values())
+
+
+def test_turns_have_at_least_the_length_of_a_swap() -> None:
+    rows: dict[Group, int] = {(name, MERGED): 1 for name in "abcdefghijk"}
+    assert all(length >= 3 for _, length in turns_of(run(policy(max_wait=0.01), rows, 20))[:-1])
+
+
+def test_a_side_without_rows_gives_its_turn_away_at_once() -> None:
+    turns = policy()
+    assert turns.plan(view({("a", MERGED): 1, ("b", MERGED): 1}), 0.0).folded == "a"
+    assert turns.plan(view({("b", MERGED): 1}), 0.01).folded == "b"
+
+
+def test_sides_that_come_and_go_do_not_starve_one_that_stays() -> None:
+    turns, own = policy(), 0
+    for step in range(3000):
+        passing: Group = (f"passing-{step // 30}", MERGED)
+        own += turns.plan(view({("a", MERGED): 1, passing: 1}), step * STEP).folded == "a"
+    assert own > 600
+
+
+def test_a_hold_wins_over_everything() -> None:
+    plan = policy().plan(view({("a", MERGED): 5, BASE: 1}, held=Hold("z")), 0.0)
+    assert (plan.folded, plan.cause) == ("z", Cause.HELD)
+    assert plan.runs(("z", UNMERGED))
+    assert not plan.runs(("a", MERGED))
+
+
+def test_rows_run_on_the_sides_that_their_policy_allows() -> None:
+    shared = Plan(folded=SHARED, cause=Cause.TURN, reason="")
+    folded = Plan(folded="a", cause=Cause.TURN, reason="")
+    assert [shared.runs(("a", kind)) for kind in (MERGED, UNMERGED, AUTO)] == [False, True, True]
+    assert [folded.runs(("a", kind)) for kind in (MERGED, UNMERGED, AUTO)] == [True, False, True]
+    assert shared.runs(BASE)
+    assert not folded.runs(BASE)
+    assert not folded.runs(("b", AUTO))
+
+
+def test_auto_folds_an_adapter_alone_once_that_has_paid_for_a_swap() -> None:
+    """One row: 100 tokens/s folded, 83 unmerged; a swap there and back costs 30 ms, which is 3 tokens: 0.18 s."""
+    plans = run(policy(), {("a", AUTO): 1}, 1)
+    folded = [plan.folded for plan in plans]
+    assert folded.index("a") in range(17, 21)
+    assert set(folded[folded.index("a") :]) == {"a"}
+    assert plans[-1].cause is Cause.FOLD_PAYS
+    assert "100 tokens/s instead of 83" in plans[-1].reason
+
+
+def test_auto_folds_later_where_swaps_cost_more() -> None:
+    dear = [plan.folded for plan in run(policy(costs(fold=0.2, restore=0.1)), {("a", AUTO): 1}, 5)]
+    assert dear.index("a") in range(175, 190)
+
+
+def test_auto_never_folds_where_that_gains_nothing() -> None:
+    assert {plan.folded for plan in run(policy(costs(overhead=1.0)), {("a", AUTO): 4}, 20)} == {SHARED}
+
+
+def test_auto_finds_out_what_it_does_not_know() -> None:
+    """After one two-path step and nothing else it supposes that folding is worth a try, and then knows its cost."""
+    known = Costs()
+    turns = policy(known)
+    assert turns.plan(view({("a", AUTO): 2}), 0.0).folded is SHARED
+    known.step(two_path=True, rows=2, seconds=0.01)
+    assert turns.plan(view({("a", AUTO): 2}), 0.01).folded == "a"
+
+
+def test_auto_serves_an_even_mix_in_one_batch() -> None:
+    rows: dict[Group, int] = {(name, AUTO): 2 for name in "abcdefgh"}
+    assert {plan.folded for plan in run(policy(), rows, 20)} == {SHARED}
+
+
+def test_auto_folds_what_dominates_and_lets_the_others_wait_no_longer_than_they_may() -> None:
+    """31 of 32 rows: 3,100 tokens/s folded, 2,667 together."""
+    plans = run(policy(max_wait=0.5), {("a", AUTO): 31, ("b", AUTO): 1}, 20)
+    turns = turns_of(plans)
+    assert {side for side, _ in turns} == {"a", SHARED}
+    assert all(length <= 0.5 / STEP + 2 for side, length in turns if side == "a")
+    assert {plan.cause for plan in plans} >= {Cause.FOLD_PAYS, Cause.WAITED}
+    share = sum(length for side, length in turns if side == "a") / len(plans)
+    assert 0.5 < share < 0.9
+
+
+def test_auto_leaves_a_fold_when_others_come() -> None:
+    turns = policy()
+    run(turns, {("a", AUTO): 2}, 1)
+    plans = run(turns, {("a", AUTO): 2, ("b", AUTO): 2}, 1, start=1)
+    assert plans[0].folded == "a"
+    assert plans[-1].folded is SHARED
+    assert plans[-1].cause is Cause.SHARE_PAYS
+
+
+def test_auto_does_not_swing_between_sides_that_are_worth_the_same() -> None:
+    """Two rows of two adapters that come and go every 100 ms."""
+    turns, folded = policy(), []
+    for index in range(100):
+        name = "ab"[index % 2]
+        folded += [plan.folded for plan in run(turns, {(name, AUTO): 2}, 0.1, start=index * 0.1)]
+    changes = sum(one != other for one, other in pairwise(folded))
+    assert changes <= 2
+
+
+def test_auto_rows_of_another_adapter_get_the_weights_at_once_when_nobody_else_is_left() -> None:
+    turns = policy()
+    run(turns, {("a", AUTO): 2}, 1)
+    plan = turns.plan(view({("b", AUTO): 1}), 1.0)
+    assert plan.folded is SHARED
+    assert "no rows left" in plan.reason
+
+
+def test_a_pause_is_nobodys_loss() -> None:
+    turns = policy(costs(fold=2.0, restore=1.0))
+    run(turns, {("a", AUTO): 1}, 0.1)
+    assert turns.plan(view({("a", AUTO): 1}), 1000.0).folded is SHARED
+
+
+def test_a_clock_that_jumps_back_changes_nothing() -> None:
+    turns = policy()
+    run(turns, {("a", MERGED): 1, ("b", MERGED): 1}, 1, start=100)
+    plans = run(turns, {("a", MERGED): 1, ("b", MERGED): 1}, 5, start=0)
+    assert {plan.folded for plan in plans} <= {"a", "b"}
+
+
+def test_merged_auto_and_base_rows_share_the_time() -> None:
+    rows: dict[Group, int] = {("a", MERGED): 2, ("b", AUTO): 2, BASE: 1}
+    plans = run(policy(), rows, 10)
+    assert {plan.folded for plan in plans} == {"a", SHARED}
+    assert all(plan.reason for plan in plans)
+
+
+def test_costs_between_measured_batches_lie_on_a_line_and_ratios_fill_gaps() -> None:
+    known = Costs()
+    known.step(two_path=False, rows=1, seconds=0.010)
+    known.step(two_path=False, rows=4, seconds=0.040)
+    known.step(two_path=True, rows=4, seconds=0.060)
+    assert known.plain_seconds(2) == pytest.approx(0.020)
+    assert known.two_path_seconds(1) == pytest.approx(0.015)
+    assert known.overhead(4) == pytest.approx(1.5)
+    assert known.plain_seconds(32) == pytest.approx(0.040)
+    assert Costs().plain_seconds(1) is None
+
+
+def test_costs_forget_what_was_long_ago() -> None:
+    known = Costs()
+    for seconds in (*[0.5] * 40, *[0.01] * 40):
+        known.step(two_path=False, rows=1, seconds=seconds)
+    assert known.plain_seconds(1) == 0.01

@@ -1,6 +1,7 @@
 """Order, room and budget. No tensors, no model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 
 from lorafold.engine.detokenize import TextStream
 from lorafold.engine.pages import PagePool
-from lorafold.engine.scheduler import Part, Row, Scheduler
+from lorafold.engine.rows import Part, Row
+from lorafold.engine.scheduler import Scheduler
 from lorafold.errors import InvalidField, KvFull, QueueFull
 from lorafold.requests import Request
-from lorafold_adapters.policy import PolicyKind
+from lorafold_adapters.policy import SHARED, Cause, Plan, PolicyKind, Side
 
 SIZE = 4
 
@@ -29,15 +31,18 @@ def row(
     deployment: str = "d",
     max_tokens: int = 5,
     leader: Row | None = None,
+    **fields: Any,
 ) -> Row:
+    """Those with an adapter run while it is folded."""
     ids = tuple(range(prompt)) if isinstance(prompt, int) else tuple(prompt)
     request = Request(
         id=name,
         deployment=deployment,
         adapter=adapter,
-        policy=PolicyKind.UNMERGED,
+        policy=PolicyKind.UNMERGED if adapter is None else PolicyKind.MERGED,
         prompt=ids,
         max_tokens=max_tokens,
+        **fields,
     )
     text = TextStream(lambda ids: "", ids)
     return Row(
@@ -53,13 +58,19 @@ def names(rows: object) -> list[str]:
     return [item.request.id for item in rows]  # type: ignore[attr-defined]
 
 
-def admit(scheduler: Scheduler) -> None:
-    scheduler.admit(lambda item: item.request.adapter, now=1.0)
+def plan(folded: Side, cause: Cause = Cause.TURN) -> Plan:
+    return Plan(folded=folded, cause=cause, reason="")
 
 
-def run(scheduler: Scheduler, lane: str | None = None) -> list[Part]:
+def admit(scheduler: Scheduler, *folded: Side) -> None:
+    """In turns of these adapters, or of the base."""
+    for side in folded or (SHARED,):
+        scheduler.admit(plan(side), now=1.0)
+
+
+def run(scheduler: Scheduler, folded: Side = SHARED) -> list[Part]:
     """One step: every part runs, every row that samples gets a token."""
-    parts = scheduler.schedule(lane)
+    parts = scheduler.schedule(plan(folded))
     for part in parts:
         scheduler.ran(part)
         if part.samples:
@@ -67,10 +78,10 @@ def run(scheduler: Scheduler, lane: str | None = None) -> list[Part]:
     return parts
 
 
-def test_rows_of_a_deployment_start_in_order_of_arrival_whatever_the_lane() -> None:
+def test_rows_of_a_deployment_start_in_order_of_arrival() -> None:
     scheduler = scheduler_of(rows=2)
     for name in "abcd":
-        scheduler.add(row(name, adapter=name))
+        scheduler.add(row(name))
     admit(scheduler)
     assert names(scheduler.running) == ["a", "b"]
     assert scheduler.waiting == 2
@@ -139,14 +150,124 @@ def test_what_can_never_fit_the_cache_is_refused_at_once() -> None:
         scheduler.add(row("never", prompt=11, max_tokens=6))
 
 
-def test_only_rows_of_the_lane_run() -> None:
-    scheduler = scheduler_of()
-    for name in "aab":
+def test_only_rows_of_the_folded_adapter_run_and_the_others_keep_their_room() -> None:
+    scheduler = scheduler_of(rows=2)
+    for name in "aabb":
         scheduler.add(row(name + str(scheduler.waiting), adapter=name))
+    admit(scheduler, "a", "b")
+    assert names(scheduler.running) == ["a0", "a1", "b2", "b3"]  # max_batch is of a step.
+    assert names(part.row for part in scheduler.schedule(plan("a"))) == ["a0", "a1"]
+    assert scheduler.schedule(plan(SHARED)) == []
+    assert scheduler.queued() == {("a", PolicyKind.MERGED): (2, 0), ("b", PolicyKind.MERGED): (2, 0)}
+
+
+def test_rows_whose_turn_it_is_not_hold_nobody_up() -> None:
+    scheduler = scheduler_of()
+    scheduler.add(row("waits", adapter="a"))
+    scheduler.add(row("base"))
     admit(scheduler)
-    assert names(part.row for part in scheduler.schedule("a")) == ["a0", "a1"]
-    assert scheduler.schedule(None) == []
-    assert scheduler.lanes() == {"a": 2, "b": 1}
+    assert names(scheduler.running) == ["base"]
+
+
+def test_rows_that_find_no_room_hold_up_those_behind_them_whoever_has_the_turn() -> None:
+    scheduler = scheduler_of(pages=8)
+    scheduler.add(row("small", 3))
+    admit(scheduler)
+    scheduler.add(row("large", 30, max_tokens=2, adapter="a", deployment="first"))
+    scheduler.add(row("late", 30, max_tokens=2, deployment="second"))
+    assert set(scheduler.ready()) == {(None, PolicyKind.UNMERGED)}
+    scheduler.remove(scheduler.running[0])
+    assert ("a", PolicyKind.MERGED) in scheduler.ready()
+    admit(scheduler)
+    assert names(scheduler.running) == ["late"]  # It is the base's turn, and there is room.
+
+
+def test_a_deployment_never_runs_more_than_it_may() -> None:
+    scheduler = scheduler_of(rows=4)
+    for name in "abc":
+        scheduler.add(row(name, max_concurrency=2))
+    scheduler.add(row("other", deployment="other"))
+    admit(scheduler)
+    assert names(scheduler.running) == ["a", "other", "b"]
+    scheduler.remove(scheduler.running[0])
+    admit(scheduler)
+    assert names(scheduler.running) == ["other", "b", "c"]
+
+
+def test_a_higher_priority_starts_first() -> None:
+    scheduler = scheduler_of(rows=1)
+    for name, priority in (("low", 0), ("high", 5), ("higher", 6)):
+        scheduler.add(row(name, deployment=name, priority=priority))
+    order = []
+    for _ in range(3):
+        admit(scheduler)
+        order += names(scheduler.running)
+        scheduler.remove(scheduler.running[0])
+    assert order == ["higher", "high", "low"]
+
+
+def test_a_paused_row_gives_its_room_away_and_finds_what_it_computed() -> None:
+    scheduler = scheduler_of(rows=1)
+    slow = row("slow", 9, max_tokens=20)
+    scheduler.add(slow)
+    admit(scheduler)
+    run(scheduler)
+    scheduler.pause(slow)
+    assert not scheduler.ready()
+    assert not scheduler.empty
+    assert scheduler.pool.available == 100
+    scheduler.add(row("other", range(50, 53)))
+    admit(scheduler)
+    assert names(scheduler.running) == ["other"]
+    scheduler.remove(scheduler.running[0])
+    scheduler.resume(slow)
+    scheduler.resume(slow)  # Resuming what is not paused changes nothing.
+    admit(scheduler)
+    assert slow.cached == 8
+    scheduler.check_integrity()
+
+
+def test_with_only_some_rows_allowed_no_others_run_or_start() -> None:
+    scheduler = scheduler_of()
+    first, second = row("first"), row("second")
+    scheduler.add(first)
+    scheduler.add(second)
+    admit(scheduler)
+    scheduler.add(row("new"))
+    scheduler.only({second: None})
+    admit(scheduler)
+    assert names(part.row for part in run(scheduler)) == ["second"]
+    assert scheduler.waiting == 1
+    scheduler.only(None)
+    admit(scheduler)
+    assert len(run(scheduler)) == 3
+
+
+def test_a_row_that_was_moved_runs_with_its_new_group() -> None:
+    scheduler = scheduler_of()
+    moved, waits = row("moved", adapter="a"), row("waits", adapter="a")
+    scheduler.add(moved)
+    scheduler.add(waits)
+    admit(scheduler, "a")
+    assert scheduler.schedule(plan(SHARED)) == []
+    for item in (moved, waits):
+        scheduler.move(item, PolicyKind.UNMERGED)
+        scheduler.check_integrity()
+    admit(scheduler)
+    assert names(part.row for part in run(scheduler)) == ["moved", "waits"]
+
+
+def test_what_is_ready_is_known_anew_whenever_it_changes() -> None:
+    scheduler = scheduler_of(pages=6)
+    assert not scheduler.ready()
+    scheduler.add(row("a", 10, max_tokens=9))
+    assert scheduler.ready() is scheduler.ready()
+    admit(scheduler)
+    run(scheduler)
+    scheduler.add(row("b", range(40, 50), max_tokens=9, adapter="b", deployment="b"))
+    assert ("b", PolicyKind.MERGED) not in scheduler.ready()  # 3 pages, and one to grow into.
+    scheduler.remove(scheduler.running[0])
+    assert ("b", PolicyKind.MERGED) in scheduler.ready()
 
 
 def test_prompts_are_read_within_the_budget_and_decoding_goes_on_beside_them() -> None:
@@ -175,7 +296,7 @@ def test_a_known_prefix_is_not_read_again() -> None:
         scheduler.remove(scheduler.running[0])
         assert [part.tokens for part in parts] == ([10] if name == "first" else [2])
     scheduler.add(row("other adapter", prompt=10, adapter="x"))
-    admit(scheduler)
+    admit(scheduler, "x")
     assert [part.tokens for part in run(scheduler, "x")] == [10]
 
 
@@ -234,16 +355,16 @@ def test_rows_that_have_all_the_room_they_may_need_keep_none_free_to_grow_into()
 
 
 def outgrowing(scheduler: Scheduler) -> tuple[Row, Row]:
-    """Two rows of different lanes that fill the cache; the second one started last."""
+    """Two rows of different adapters that fill the cache; the second one started last."""
     first, second = (row(name, [start, 1, 2], max_tokens=9, adapter=name) for name, start in (("a", 1), ("b", 2)))
     for item in (first, second):
         scheduler.add(item)
-    admit(scheduler)
+    admit(scheduler, "a", "b")
     assert names(scheduler.running) == ["a", "b"]
     return first, second
 
 
-def test_a_row_that_is_alone_in_its_lane_takes_room_from_another_lane() -> None:
+def test_a_row_that_is_alone_on_its_side_takes_room_from_another_side() -> None:
     scheduler = scheduler_of(pages=4)
     first, second = outgrowing(scheduler)
     for _ in range(4):
@@ -255,17 +376,16 @@ def test_a_row_that_is_alone_in_its_lane_takes_room_from_another_lane() -> None:
     assert not second.preempted
 
 
-@pytest.mark.parametrize(("rows", "pages"), [(2, 99), (9, 4)])
-def test_rows_that_a_held_adapter_keeps_from_running_give_their_room_to_its_own(rows: int, pages: int) -> None:
-    scheduler = scheduler_of(rows=rows, pages=pages)
+def test_rows_that_a_held_adapter_keeps_from_running_give_their_room_to_its_own() -> None:
+    scheduler = scheduler_of(pages=4)
     outgrowing(scheduler)
     for _ in range(4):
         run(scheduler, "a")
         run(scheduler, "b")
     scheduler.add(row("held", 6, adapter="x"))
-    scheduler.admit(lambda item: item.request.adapter, now=2.0)
+    admit(scheduler, "x")
     assert "held" not in names(scheduler.running)
-    scheduler.admit(lambda item: item.request.adapter, now=2.0, held="x")
+    scheduler.admit(plan("x", Cause.HELD), now=2.0)
     assert "held" in names(scheduler.running)
     assert run(scheduler, "x")
     scheduler.check_integrity()
@@ -279,8 +399,31 @@ def test_rows_that_find_a_place_at_once_do_not_count_as_waiting() -> None:
         scheduler.add(row("e"))
 
 
+def change(scheduler: Scheduler, item: Row, action: str) -> None:
+    if action == "pause":
+        scheduler.pause(item)
+    elif action == "resume":
+        scheduler.resume(item)
+    elif action == "move":
+        scheduler.move(item, PolicyKind.UNMERGED)
+    else:
+        scheduler.remove(item)
+
+
+def end_all(scheduler: Scheduler) -> None:
+    while scheduler.rows:
+        for item in scheduler.rows:
+            scheduler.resume(item)
+        assert scheduler.ready()
+        admit(scheduler, SHARED, "a")
+        scheduler.remove(scheduler.running[0])
+
+
 @given(
-    st.lists(st.sampled_from(["add", "remove-first", "remove-last", "admit", "run"]), max_size=80),
+    st.lists(
+        st.sampled_from(["add", "merged", "remove", "admit", "run", "pause", "resume", "move"]),
+        max_size=80,
+    ),
     st.integers(min_value=5, max_value=12),
 )
 def test_no_room_is_ever_lost_or_shared(actions: list[str], pages: int) -> None:
@@ -288,18 +431,18 @@ def test_no_room_is_ever_lost_or_shared(actions: list[str], pages: int) -> None:
     for number, action in enumerate(actions):
         if action == "add":
             scheduler.add(row(str(number), [number % 3] * (number % 11 + 1), max_tokens=8))
+        elif action == "merged":
+            scheduler.add(row(str(number), [number % 3] * (number % 11 + 1), max_tokens=8, adapter="a"))
         elif action == "admit":
-            admit(scheduler)
+            admit(scheduler, SHARED, "a")
         elif action == "run":
-            run(scheduler)
+            run(scheduler, "a" if number % 2 else SHARED)
             for item in scheduler.running:
                 if item.generated >= item.request.max_tokens:
                     scheduler.remove(item)
         elif rows := list(scheduler.rows):
-            scheduler.remove(rows[0 if action == "remove-first" else -1])
+            change(scheduler, rows[number % len(rows)], action)
         scheduler.check_integrity()
-    while scheduler.rows:
-        admit(scheduler)
-        scheduler.remove(scheduler.running[0])
+    end_all(scheduler)
     scheduler.check_integrity()
     assert scheduler.pool.available == pages

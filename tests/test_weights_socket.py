@@ -32,7 +32,7 @@ def test_folding_by_hand_holds_until_it_is_released(own: RunningServer) -> None:
         assert client.generate("Hello", deployment="rot13").mode == "merged"
         assert not waiting.done()
         state = weights.GetFoldState(weights_pb2.GetFoldStateRequest()).fold_state
-        assert (state.pinned, state.reason) == (True, "held by MergeAdapter")
+        assert (state.pinned, state.reason) == (True, "folded by hand and held")
         released = weights.UnmergeAdapter(weights_pb2.UnmergeAdapterRequest())
         assert not released.fold_state.pinned
         assert waiting.result(30).text == "Ifmmp"

@@ -1,7 +1,8 @@
-"""Decides which adapter is folded and which rows decode next.
+"""Decides which adapter is folded and which rows run next.
 
-Pure Python: no tensors, no clocks of its own, no gRPC. Time arrives as an argument. Rows run in lanes: the shared lane
-(base weights, two-path for whoever has an adapter) and one folded lane per adapter. Lanes take turns.
+Pure Python: no tensors, no clocks of its own, no gRPC. Time arrives as an argument. Rows run on sides: the shared side
+(the base's weights, two-path for whoever has an adapter) and one folded side per adapter. Rows with the policy `merged`
+run on their own side only, `unmerged` ones and the base on the shared one, `auto` ones on either.
 """
 
 from collections.abc import Mapping
@@ -26,79 +27,76 @@ class PolicyKind(Enum):
     AUTO = "auto"
 
 
+class Cause(Enum):
+    """Why a plan folds what it folds, for programs."""
+
+    HELD = "held"
+    """An operator said so."""
+    ALONE = "alone"
+    """Nobody else has rows."""
+    TURN = "turn"
+    """It waited longest, and the others' turn is over."""
+    FOLD_PAYS = "fold_pays"
+    """More tokens a second folded, for long enough to pay for a swap."""
+    SHARE_PAYS = "share_pays"
+    """More tokens a second unmerged, for long enough to pay for a swap."""
+    WAITED = "waited"
+    """Rows beside a folded `auto` adapter have waited as long as they may."""
+
+
 SHARED = None
-Lane = str | None
-"""Digest of the adapter that is folded in this lane; None is the shared lane."""
+Side = str | None
+"""Digest of the adapter that is folded on this side; None is the shared side."""
+Group = tuple[str | None, PolicyKind]
+"""Rows of one adapter (None is the base) and policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What an operator holds in the weights, over every policy."""
+
+    folded: Side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LaneView:
-    """What a policy sees. Every time is in seconds on the caller's clock."""
+class QueueView:
+    """What a policy sees."""
 
-    pinned: str | None
-    """The adapter that an operator holds folded, over every policy."""
-    rows: Mapping[Lane, int]
-    """Rows that could run, by lane; only lanes that have any."""
+    held: Hold | None
+    folded: str | None
+    """What is in the weights now."""
+    rows: Mapping[Group, int]
+    """Rows that run or wait; only groups that have any."""
+    places: int
+    """Rows of a step at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What the next step does."""
 
-    folded: Lane
-    """The adapter that must be in the weights; only rows of this lane run."""
+    folded: Side
+    """The adapter that must be in the weights; None: the base's weights."""
+    cause: Cause
     reason: str
     """Why, for people."""
 
+    def runs(self, group: Group) -> bool:
+        """True if rows of this group may run."""
+        adapter, kind = group
+        if self.folded is SHARED:
+            return kind is not PolicyKind.MERGED or adapter is None
+        return adapter == self.folded and (kind is not PolicyKind.UNMERGED or self.cause is Cause.HELD)
+
 
 class Policy(Protocol):
-    """Chooses lanes for rows and turns for lanes."""
+    """Decides what the next step does."""
 
-    def lane(self, adapter: str | None, kind: PolicyKind, view: LaneView) -> Lane:
-        """The lane of a row that is about to start; it stays there."""
-        ...
-
-    def plan(self, view: LaneView, now: float) -> Plan:
-        """What to do next. `view.rows` is not empty."""
+    def plan(self, view: QueueView, now: float) -> Plan:
+        """`view.rows` is not empty; `now` is in seconds on the caller's clock."""
         ...
 
 
-class TurnTaking:
-    """Lanes with rows take turns of `turn_seconds`; whoever has waited longest is next, so nobody starves.
-
-    An `auto` row is folded if no other lane has rows when it starts, and shares otherwise.
-    """
-
-    def __init__(self, turn_seconds: float) -> None:
-        self._turn_seconds = turn_seconds
-        self._lane: Lane = SHARED
-        self._since = float("-inf")
-        self._waiting: dict[Lane, float] = {}
-        """Since when each lane that has rows has not run."""
-
-    def lane(self, adapter: str | None, kind: PolicyKind, view: LaneView) -> Lane:
-        """See `Policy.lane`."""
-        if adapter is None or kind is PolicyKind.UNMERGED:
-            return SHARED
-        if kind is PolicyKind.MERGED:
-            return adapter
-        return adapter if all(lane == adapter for lane in view.rows) else SHARED
-
-    def plan(self, view: LaneView, now: float) -> Plan:
-        """See `Policy.plan`."""
-        self._waiting = {lane: self._waiting.get(lane, now) for lane in view.rows if lane != self._lane}
-        if view.pinned is not None:
-            return Plan(folded=view.pinned, reason="held by MergeAdapter")
-        if self._lane in view.rows and (not self._waiting or now - self._since < self._turn_seconds):
-            return self._stay(len(self._waiting))
-        return self._turn(min(self._waiting, key=self._waiting.__getitem__), view, now)
-
-    def _stay(self, waiting: int) -> Plan:
-        reason = f"its turn, {waiting} other lanes wait" if waiting else "nobody else has rows"
-        return Plan(folded=self._lane, reason=reason)
-
-    def _turn(self, lane: Lane, view: LaneView, now: float) -> Plan:
-        over = "turn over" if self._lane in view.rows else "no rows left"
-        name = "shared lane" if lane is SHARED else f"adapter {lane[:12]}"
-        self._lane, self._since = lane, now
-        return Plan(folded=lane, reason=f"{over}; {name} waited longest, with {view.rows[lane]} rows")
+def short(side: Side) -> str:
+    """A side, for people."""
+    return "the shared batch" if side is SHARED else f"adapter {side[:12]}"

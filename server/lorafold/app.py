@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 
 import grpc.aio
@@ -19,6 +20,7 @@ from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.recipes import folders_of
 from lorafold.services.deployment import DeploymentService
 from lorafold.services.generation import GenerationService
+from lorafold.services.in_flight import InFlight
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
@@ -26,13 +28,16 @@ from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
 
 log = structlog.get_logger(__name__)
+LAST_WORDS = 1.0
+"""Seconds in which calls may still be told why they end."""
 
 
 class App:
     """One running server, on the event loop that it was started on."""
 
-    def __init__(self, parts: Parts, server: grpc.aio.Server) -> None:
+    def __init__(self, parts: Parts, server: grpc.aio.Server, in_flight: InFlight) -> None:
         self.parts = parts
+        self._in_flight = in_flight
         self.address = ""
         """Where gRPC listens, with the port that was really taken."""
         self.metrics_address = ""
@@ -58,10 +63,21 @@ class App:
         return await asyncio.shield(self.parts.died)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Takes no more requests, lets those in flight finish for `grace` seconds, then ends everything."""
+        """Takes no more requests, lets those in flight finish for `grace` seconds, then ends everything.
+
+        May be called again, with less grace, while it runs.
+        """
+        grace = self.parts.config.server.grace_seconds if grace is None else grace
+        until = time.monotonic() + grace
+        self._in_flight.close()
         await self._health.enter_graceful_shutdown()
-        self.parts.engine.release()  # Or requests that wait on a held adapter could not finish.
-        await self._server.stop(self.parts.config.server.grace_seconds if grace is None else grace)
+        self.parts.engine.let_go()  # Or requests that wait on what is held could not finish.
+        if not await self._in_flight.emptied(grace):
+            log.warning("requests are cut off", requests=len(self._in_flight), after_seconds=grace)
+            self.parts.engine.fail_all(
+                f"the server stopped before the answer was complete, {grace:g} s after it was told"
+            )
+        await self._server.stop(max(until - time.monotonic(), LAST_WORDS))
         await in_own_thread(self.parts.engine.stop)
         await self._watch
         self._stop_metrics()
@@ -82,7 +98,8 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
     app: App | None = None
     try:
         await deploy_all(parts, say)
-        app = App(parts, make_server(parts))
+        in_flight = InFlight()
+        app = App(parts, make_server(parts, in_flight), in_flight)
         await set_health(parts.health, True)
         await app.listen()
     except BaseException:
@@ -126,11 +143,11 @@ async def deploy_all(parts: Parts, say: Say) -> None:
             say(f"  folding it takes {extra / 1e6:,.1f} MB beside the quantised base")
 
 
-def make_server(parts: Parts) -> grpc.aio.Server:
+def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     """A gRPC server with every service on it, not listening yet."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     builder = RequestBuilder(parts.base, parts.config.engine)
-    generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics)
+    generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics, in_flight)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
     deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(DeploymentService(parts.deployments), server)
     exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)

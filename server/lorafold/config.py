@@ -107,8 +107,10 @@ class FoldConfig(Section):
 class PolicyConfig(Section):
     """`[policy]`: how adapters share the weights."""
 
-    turn_seconds: Annotated[float, Field(gt=0)] = 0.25
-    """How long a folded adapter, or the shared batch, runs while others wait."""
+    swap_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the time that changes of the weights may take while several adapters need to be folded in turn."""
+    max_wait_seconds: Annotated[float, Field(gt=0)] = 1.0
+    """How long requests may wait for their turn; it comes before `swap_share`."""
 
 
 class IdentityConfig(Section):

@@ -67,6 +67,10 @@ class DeadlineExceeded(LorafoldError):
     """The request's deadline passed before it was done."""
 
 
+class FoldInProgress(LorafoldError):
+    """Another call is changing what is folded now."""
+
+
 class ExportOff(LorafoldError):
     """No export folder is configured."""
 

@@ -2,8 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from lorafold.engine.weights import Change
-from lorafold_adapters.policy import Mode
+from lorafold.engine.weights_state import Change
+from lorafold_adapters.policy import Mode, Plan
 
 STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -53,6 +53,12 @@ class Metrics:
         self._reloads = Gauge(
             "lorafold_base_reloads", "How often the base was found damaged and loaded again.", registry=registry
         )
+        self._decisions = Counter(
+            "lorafold_policy_decisions",
+            "How often the policy changed its plan, by cause.",
+            ["cause"],
+            registry=registry,
+        )
         self._generation = Gauge("lorafold_generation", "Grows whenever weights change.", registry=registry)
 
     def step(self, mode: Mode, seconds: float) -> None:
@@ -71,11 +77,15 @@ class Metrics:
         self._preemptions.inc(preemptions - self._preempted)
         self._preempted = preemptions
 
-    def weights_changed(self, change: Change) -> None:
+    def changed(self, change: Change) -> None:
         """An adapter was folded, or the base given back."""
         self._generation.set(change.state.generation)
         self._reloads.set(change.state.reloads)
         self._fold.labels("base" if change.state.folded is None else "adapter").observe(change.seconds)
+
+    def planned(self, plan: Plan) -> None:
+        """The policy decided on something else than before, or for another cause."""
+        self._decisions.labels(plan.cause.value).inc()
 
     def first_token(self, mode: Mode, seconds: float) -> None:
         """A request got its first token."""

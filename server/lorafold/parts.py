@@ -12,7 +12,7 @@ from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from lorafold.config import Config, EngineConfig, FoldConfig, fingerprint_folder, local_model_path
+from lorafold.config import Config, EngineConfig, FoldConfig, PolicyConfig, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
 from lorafold.engine.budget import PAGE_TOKENS, Wishes, pages_for, step_bytes
 from lorafold.engine.kv_cache import PagedCache
@@ -27,11 +27,12 @@ from lorafold.model import LoadedBase, load_base, load_model, load_weights
 from lorafold.own_thread import in_own_thread
 from lorafold.stamps import StampCheck
 from lorafold_adapters import AdapterManager
+from lorafold_adapters.costs import Costs
 from lorafold_adapters.errors import BaseMismatch
 from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
 from lorafold_adapters.identity import fingerprint, quantised_from
-from lorafold_adapters.policy import TurnTaking
 from lorafold_adapters.stand_ins import FoldOptions
+from lorafold_adapters.turns import MeasuredTurns
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -83,14 +84,11 @@ async def load_parts(config: Config, say: Say) -> Parts:
     if pool.tokens < base.context:
         say(f"  contexts are cut to {pool.tokens:,} of {base.context:,} tokens: engine.kv_memory_gib gives no more")
     base = replace(base, context=min(base.context, pool.tokens))
-    health_servicer = health.aio.HealthServicer()
+    health_servicer, costs = health.aio.HealthServicer(), Costs()
     engine = Engine(
         runner=runner,
         weights=WeightsControl(
-            manager,
-            TurnTaking(config.policy.turn_seconds),
-            metrics.weights_changed,
-            lambda: load_model(config.base, path),
+            manager, make_policy(config.policy, costs), costs, metrics, lambda: load_model(config.base, path)
         ),
         scheduler=Scheduler(
             pool=pool,
@@ -116,6 +114,11 @@ async def load_parts(config: Config, say: Say) -> Parts:
         health=health_servicer,
         died=died,
     )
+
+
+def make_policy(declared: PolicyConfig, costs: Costs) -> MeasuredTurns:
+    """Who is folded when, as declared."""
+    return MeasuredTurns(costs, swap_share=declared.swap_share, max_wait=declared.max_wait_seconds)
 
 
 def prefill_tokens(limits: EngineConfig, device: torch.device) -> int:

@@ -68,6 +68,10 @@ class Request:
     """On the engine's clock, seconds."""
     deadline: float | None = None
     """On the engine's clock, seconds; the request ends in DeadlineExceeded at the first step after it."""
+    priority: int = 0
+    """Of its deployment: waiting requests of a higher one start first."""
+    max_concurrency: int | None = None
+    """How many completions of its deployment may run at once; None: as many as there is room for."""
 
 
 class FinishReason(Enum):
@@ -155,3 +159,5 @@ class Failed:
 Event = Started | Delta | Finished | Failed
 Sink = Callable[[Event], object]
 """Takes a request's events. Called on the engine's thread: must not block."""
+Stalled = Callable[[], bool]
+"""True if whoever takes a request's events is so far behind that it should pause, until `Engine.resume`."""

@@ -12,6 +12,7 @@ from lorafold.cli.generate import generate
 from lorafold.cli.inspect import inspect
 from lorafold.cli.serve import serve
 from lorafold.cli.stamp import stamp
+from lorafold.cli.status import status
 from lorafold.cli.weights import weights
 
 
@@ -21,7 +22,7 @@ def cli() -> None:
     """Serves LoRA adapters: folded into the weights, or beside them, on one base model."""
 
 
-for command in (serve, generate, deployments, weights, inspect, stamp, export, demo, completion):
+for command in (serve, generate, deployments, weights, status, inspect, stamp, export, demo, completion):
     cli.add_command(command)
 
 

@@ -82,7 +82,7 @@ def server_config(folder: Path) -> str:
     text += '[server]\naddress = "127.0.0.1:0"\nmetrics_address = "127.0.0.1:0"\n\n'
     text += '[log]\nlevel = "warning"\n\n'
     text += '[identity]\nunstamped = "refuse"\n\n'
-    text += "[policy]\nturn_seconds = 0.05\n"
+    text += "[policy]\nmax_wait_seconds = 0.2\n"
     for name, policy in (*POLICIES.items(), (LIVE, "unmerged")):
         adapter = folder / (SWAPPED[-1] if name == LIVE else name)
         text += f'\n[[deployments]]\nname = "{name}"\nadapter = "{adapter}"\npolicy = "{policy}"\n'

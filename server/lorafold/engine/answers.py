@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from lorafold.engine.emit import Token, Vocabulary, add, tell
+from lorafold.engine.rows import Row
 from lorafold.engine.sampling import Pick
-from lorafold.engine.scheduler import Row
 from lorafold.errors import StepFailed
 from lorafold.requests import Provenance
 from lorafold_adapters.errors import LorafoldError

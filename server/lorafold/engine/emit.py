@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from lorafold.engine.detokenize import Decode, TextStream
+from lorafold.engine.rows import Row
 from lorafold.engine.sampling import Pick
-from lorafold.engine.scheduler import Row
 from lorafold.requests import (
     Delta,
     Finished,
@@ -12,6 +12,7 @@ from lorafold.requests import (
     Provenance,
     Request,
     Sink,
+    Stalled,
     Started,
     Timings,
     TokenLogprobs,
@@ -25,12 +26,13 @@ class Vocabulary:
     decode: Decode
     end_of_sequence: frozenset[int]
 
-    def rows(self, request: Request, sink: Sink) -> list[Row]:
+    def rows(self, request: Request, sink: Sink, stalled: Stalled) -> list[Row]:
         """One row for each completion of the request, with nothing generated yet; the first one leads the others."""
         rows = [
             Row(
                 request=request,
                 sink=sink,
+                stalled=stalled,
                 text=TextStream(self.decode, request.prompt, request.stop),
                 index=index,
                 tokens=list(request.prompt),
@@ -123,9 +125,10 @@ def finished(row: Row, reason: FinishReason, provenance: Provenance, now: float)
 
 def timings(row: Row, now: float) -> Timings:
     """Everything between arrival and now, each second counted once."""
+    swap_wait_of_prefill = row.swap_wait_before_first - row.swap_wait_before_start
     return Timings(
-        queue=row.admitted - row.request.arrived,
+        queue=row.admitted - row.request.arrived - row.swap_wait_before_start,
         swap_wait=row.swap_wait,
-        prefill=row.first_token - row.admitted - row.swap_wait_before_first,
+        prefill=row.first_token - row.admitted - swap_wait_of_prefill,
         decode=now - row.first_token - (row.swap_wait - row.swap_wait_before_first),
     )

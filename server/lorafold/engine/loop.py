@@ -5,7 +5,7 @@ Everybody else puts requests and commands into the inbox, which is read between 
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -13,17 +13,22 @@ import structlog
 import torch
 
 from lorafold.engine.answers import Answers
+from lorafold.engine.deadlines import Deadlines
+from lorafold.engine.drains import Drained, Drains, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
 from lorafold.engine.observer import Observer, mode_of, observe
+from lorafold.engine.rows import Part, Row
 from lorafold.engine.runner import Piece, Runner
 from lorafold.engine.sampling import Chosen, sample
-from lorafold.engine.scheduler import Part, Row, Scheduler
-from lorafold.engine.weights import Change, TurnFailed, WeightsControl
+from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.start_times import StartTimes
+from lorafold.engine.weights import TurnFailed, WeightsControl
+from lorafold.engine.weights_state import WeightsState
 from lorafold.errors import BaseReloading, DeadlineExceeded, EngineStopped, StepFailed
-from lorafold.requests import Failed, Provenance, Request, Sink
+from lorafold.requests import Failed, Provenance, Request, Sink, Stalled
 from lorafold_adapters.errors import DeviceFull, LorafoldError
-from lorafold_adapters.policy import Lane, PolicyKind
+from lorafold_adapters.policy import Group, Plan, PolicyKind, Side
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -53,12 +58,19 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._vocabulary = vocabulary
-        self._answers = Answers(vocabulary, overlap=overlap, done=scheduler.remove, fail=self._fail)
+        self._answers = Answers(vocabulary, overlap=overlap, done=self._done, fail=self._fail)
         self._observer = observer
         self._on_death = on_death
         self._on_health = on_health
         self._inbox = Inbox()
+        self._deadlines = Deadlines()
+        self._start_times = StartTimes()
+        self._drains = Drains(scheduler, weights, self.now)
         self._stopping = False
+        self._idle = True
+        """True if no row can run before a command comes, or a deadline passes."""
+        self._counted = self.now()
+        """Until when it is known which rows waited for their turn."""
         self._thread = threading.Thread(target=self._main, name="lorafold-engine", daemon=True)
 
     def start(self) -> None:
@@ -70,29 +82,49 @@ class Engine:
         self._inbox.put(Command(self._stop, lambda _: None))
         self._thread.join()
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queues a request; everything that becomes of it, refusals too, arrives at `sink`."""
-        self._inbox.put(Command(lambda: self._accept(request, sink), lambda error: sink(Failed(error))))
+    def submit(self, request: Request, sink: Sink, stalled: Stalled = lambda: False) -> None:
+        """Queues a request; everything that becomes of it, refusals too, arrives at `sink`.
+
+        Once `stalled` is true, asked on the engine's thread after each token, the request pauses until `resume`.
+        """
+        self._inbox.put(Command(lambda: self._accept(request, sink, stalled), lambda error: sink(Failed(error))))
+
+    def resume(self, request_id: str) -> None:
+        """Goes on with a paused request. Others, and unknown ones, are left alone."""
+        self._inbox.put(Command(lambda: self._resume(request_id), lambda _: None))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request before the next step, without an event. Unknown ones are ignored."""
         self._inbox.put(Command(lambda: self._cancel(request_id), lambda _: None))
 
+    def fail_all(self, why: str) -> None:
+        """Ends all requests before the next step with EngineStopped."""
+        self.call(lambda: self._fail_all(EngineStopped(why)))
+
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Runs `function` on the engine's thread between two steps."""
         return self._inbox.call(function)
 
-    def merge(self, adapter: str) -> "Future[Change]":
-        """Folds `adapter` before the next step and keeps it folded; its own running rows go on folded."""
-        return self.call(lambda: self._merge(adapter))
+    def order(self, order: Order) -> "Future[Drained]":
+        """Folds an adapter or gives the base back, over the policy, once those in flight let it.
 
-    def unmerge(self) -> "Future[Change]":
-        """Gives the base back before the next step, and the weights to the policy."""
-        return self.call(self._unmerge)
+        The future fails with FoldInProgress, DeadlineExceeded, or what the change of the weights raises.
+        """
+        done: Future[Drained] = Future()
+        self._inbox.put(Command(lambda: self._begin(order, done), done.set_exception))
+        return done
 
-    def release(self) -> None:
-        """Gives the weights to the policy before the next step if an adapter is held, without waiting for it."""
-        self.call(lambda: self.weights.held and self._unmerge())
+    def withdraw(self, done: "Future[Drained]") -> None:
+        """Gives up an order that nobody waits for any more, unless it was carried out."""
+        self._inbox.put(Command(lambda: self._drains.cancel(done), lambda _: None))
+
+    def let_go(self) -> "Future[WeightsState]":
+        """Hands the weights to the policy before the next step, as they are."""
+        return self.call(self.weights.let_go)
+
+    def queued(self) -> "Future[dict[Group, tuple[int, int]]]":
+        """Running and waiting rows, by adapter and policy."""
+        return self.call(self._scheduler.queued)
 
     @staticmethod
     def now() -> float:
@@ -106,10 +138,8 @@ class Engine:
         try:
             self._runner.use_device()
             while not self._stopping:
-                self._inbox.run_all(wait=0 if self._scheduler.rows else None)
+                self._inbox.run_all(wait=self._patience())
                 self._expire()
-                if self.weights.damaged:
-                    self._recover()
                 self._step()
                 self._tidy()
         except BaseException as error:
@@ -117,111 +147,117 @@ class Engine:
             log.critical("engine died", error=repr(error), exc_info=True)
         finally:
             self._inbox.close()
-            for row in self._scheduler.rows:
-                self._fail(row, EngineStopped(GONE))
+            self._drains.give_up(EngineStopped(GONE))
+            self._fail_all(EngineStopped(GONE))
             self._on_death(cause)
 
     def _stop(self) -> None:
         self._stopping = True
 
-    def _accept(self, request: Request, sink: Sink) -> None:
+    def _accept(self, request: Request, sink: Sink, stalled: Stalled) -> None:
         try:
             if request.adapter is not None:
                 self.weights.require(request.adapter)
-            self._scheduler.add(*self._vocabulary.rows(request, sink))
+            rows = self._vocabulary.rows(request, sink, stalled)
+            self._count_waits()
+            self._refuse_late(rows[0])
+            self._scheduler.add(*rows)
+            self._deadlines.add(rows[0])
         except LorafoldError as error:
             sink(Failed(error))
         except Exception as error:
             log.error("request not accepted", request=request.id, exc_info=True)
             sink(Failed(StepFailed(f"the request could not be started ({error})")))
 
+    def _refuse_late(self, row: Row) -> None:
+        """Raises DeadlineExceeded if the row cannot start in time; nobody knows while an operator holds the weights."""
+        if self.weights.held is None and not self._drains.active:
+            ahead, places = self._scheduler.ahead_of(row)
+            self._start_times.check(row, ahead=ahead, places=places, now=self.now())
+
+    def _done(self, row: Row) -> None:
+        self._start_times.ended(row, self.now())
+        self._scheduler.remove(row)
+
     def _cancel(self, request_id: str) -> None:
-        for row in self._scheduler.rows:
-            if row.request.id == request_id:
-                self._scheduler.remove(row)
+        for row in self._scheduler.of_request(request_id):
+            self._scheduler.remove(row)
 
-    def _merge(self, adapter: str) -> Change:
-        self._answers.tell_rest()
-        change = self.weights.pin(adapter)
-        for row in self._scheduler.running:
-            if row.request.adapter == adapter:
-                row.lane = adapter
-        self._scheduler.requeue(row for row in self._scheduler.running if row.lane != adapter)
-        return change
+    def _resume(self, request_id: str) -> None:
+        for row in self._scheduler.of_request(request_id):
+            self._scheduler.resume(row)
 
-    def _unmerge(self) -> Change:
-        self._answers.tell_rest()
-        change = self.weights.unpin()
-        for row in self._scheduler.running:
-            if row.request.policy is PolicyKind.UNMERGED:
-                row.lane = None
-        return change
+    def _begin(self, order: Order, done: "Future[Drained]") -> None:
+        try:
+            self._drains.begin(order, done)
+        except LorafoldError as error:
+            done.set_exception(error)
 
     def _expire(self) -> None:
-        now = self.now()
-        for row in self._scheduler.rows:
-            if row.request.deadline is not None and now > row.request.deadline:
-                remedy = "allow more time or fewer max_tokens"
-                if self.weights.held not in (None, row.lane):
-                    remedy = "an adapter is held folded, which UnmergeAdapter ends (lorafold weights unmerge)"
-                self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
+        for row in self._deadlines.passed(self.now()):
+            held, remedy = self.weights.held, "allow more time or fewer max_tokens"
+            if held is not None and held.folded != row.request.adapter:
+                remedy = "what is folded is held by hand, which 'lorafold weights release' ends"
+            self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
 
     def _tidy(self) -> None:
-        if not self._scheduler.rows:
+        if self._scheduler.empty:
             self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
-        self.weights.sweep({row.request.adapter for row in self._scheduler.rows if row.request.adapter is not None})
+        self.weights.sweep(self._scheduler.adapters)
+
+    def _patience(self) -> float | None:
+        """How long to wait for a command: not at all while rows run, and else until a deadline passes."""
+        if not self._idle:
+            return 0
+        until = min((at for at in (self._deadlines.next, self._drains.until) if at is not None), default=None)
+        return None if until is None else max(0.001, until - self.now())
 
     def _step(self) -> None:
         """Plan, schedule, run, emit."""
-        lanes = self._admitted()
-        if len(lanes) != 1:  # No step follows, or a fold may come first.
+        self._heal()
+        if self._drains.active:
             self._answers.tell_rest()
-        if not lanes:
-            if self._scheduler.waiting:
-                self._wait_for_a_command()
+            self._drains.advance()
+            self._heal()
+        ready = self._scheduler.ready()
+        self._idle = not ready
+        if self._idle:
+            self._answers.tell_rest()
             return
-        start = self.now()
-        try:
-            lane = self.weights.next_lane(lanes, start)
-        except TurnFailed as failure:
-            self._turn_failed(failure)
+        start = self._count_waits()
+        plan = self.weights.plan(ready, self._scheduler.max_batch, start, draining=self._drains.active)
+        if self.weights.needs_change(plan) and not self._changed(plan):
             return
-        planned = self.now()
-        self._wait(self._scheduler.running, planned - start)
-        if parts := self._scheduler.schedule(lane):
-            self._run(parts, lane)
-        elif self.weights.held is not None:
-            self._wait_for_a_command()
-        self._wait((row for row in self._scheduler.running if row.lane != lane), self.now() - planned)
+        planned = self._count_waits(everybody=True)
+        self._scheduler.admit(plan, planned)
+        if parts := self._scheduler.schedule(plan):
+            self._run(parts, plan)
+        self._idle = not parts
 
-    def _admitted(self) -> dict[Lane, int]:
-        """Starts the rows that there is room for; how many run, by lane."""
-        lanes = self._scheduler.lanes
-        self._scheduler.admit(
-            lambda row: self.weights.lane(row.request.adapter, row.request.policy, lanes()),
-            self.now(),
-            held=self.weights.held,
-        )
-        return lanes()
+    def _count_waits(self, *, everybody: bool = False) -> float:
+        """Notes that all rows, or those that the present plan does not run, waited since the last call; the time."""
+        now = self.now()
+        self._scheduler.waited(now - self._counted, None if everybody else self.weights.decision)
+        self._counted = now
+        return now
 
-    def _wait_for_a_command(self) -> None:
-        """An operator holds the weights and no row may run: only a command, or a deadline, changes that."""
+    def _changed(self, plan: Plan) -> bool:
+        """Makes the weights what the plan needs; False if that failed, and rows that cannot do without have failed."""
         self._answers.tell_rest()
-        deadlines = [row.request.deadline for row in self._scheduler.rows if row.request.deadline is not None]
-        self._inbox.run_all(wait=max(0.001, min(deadlines) - self.now()) if deadlines else None)
-
-    def _turn_failed(self, failure: TurnFailed) -> None:
-        """Rows that may run two-path do; the others fail with the reason."""
-        log.error("fold failed", adapter=failure.lane, error=str(failure.error))
-        for row in self._scheduler.running:
-            if row.lane == failure.lane and row.request.policy is PolicyKind.MERGED:
+        try:
+            self.weights.carry_out(plan)
+        except TurnFailed as failure:
+            log.error("fold failed", adapter=failure.adapter, error=str(failure.error))
+            for row in [row for row in self._scheduler.rows if row.group == (failure.adapter, PolicyKind.MERGED)]:
                 self._fail(row, failure.error)
-            elif row.lane == failure.lane:
-                row.lane = None
+            return False
+        return True
 
-    def _recover(self) -> None:
+    def _heal(self) -> None:
         """Nothing runs on a damaged base, and nothing that ran on it goes on. Raises BaseCorrupt if that stays."""
+        if not self.weights.damaged:
+            return
         self._on_health(False)
         for row in [row for row in self._scheduler.rows if row.read]:
             self._fail(
@@ -231,14 +267,14 @@ class Engine:
         self._scheduler.pool.forget()
         self._on_health(True)
 
-    def _run(self, parts: list[Part], lane: Lane) -> None:
+    def _run(self, parts: list[Part], plan: Plan) -> None:
         start = self.now()
         pieces = [
             Piece(
                 tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
                 pages=part.row.pages,
                 past=part.row.cached,
-                adapter=part.row.request.adapter if lane is None else None,
+                adapter=part.row.request.adapter if plan.folded is None else None,
                 samples=part.samples,
             )
             for part in parts
@@ -249,13 +285,13 @@ class Engine:
             sampling = [part.row for part in parts if part.samples]
             chosen = sample(logits_SV, [row.sampling for row in sampling]) if sampling else None
             read = [0 if part.row.ended else self._scheduler.ran(part) for part in parts]
-            self._extend(sampling, chosen, lane)
+            self._extend(sampling, chosen, plan.folded)
         except torch.AcceleratorError:
             raise  # The device's context is lost, and with it every later step.
         except Exception as error:
             self._step_failed(parts, error)
             return
-        observe(self._observer, parts, read, lane, self.now() - start)
+        observe(self._observer, self.weights.costs, parts, read, plan.folded, self.now() - start)
 
     def _step_failed(self, parts: list[Part], error: Exception) -> None:
         log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
@@ -266,27 +302,28 @@ class Engine:
             if part.row in self._scheduler.running:
                 self._fail(part.row, told)
 
-    def _extend(self, rows: list[Row], chosen: Chosen | None, lane: Lane) -> None:
+    def _extend(self, rows: list[Row], chosen: Chosen | None, folded: Side) -> None:
         """Adds the chosen tokens, once they are there."""
         if chosen is None:
             return
         picks = chosen.read()
         generation = self.weights.state.generation
-        told = [Provenance(mode=mode_of(row, lane), generation=generation) for row in rows]
+        told = [Provenance(mode=mode_of(row, folded), generation=generation) for row in rows]
         self._answers.extend(rows, picks, told, self.now())
-
-    @staticmethod
-    def _wait(rows: Iterable[Row], seconds: float) -> None:
         for row in rows:
-            row.swap_wait += seconds
+            if not row.ended and row.stalled():
+                self._scheduler.pause(row)
+
+    def _fail_all(self, error: LorafoldError) -> None:
+        for row in self._scheduler.rows:
+            self._fail(row, error)
 
     def _fail(self, row: Row, error: LorafoldError) -> None:
         """Ends the row, and with it the other completions of its request; what was chosen is told first."""
         self._answers.tell_rest()
         if row.ended:
             return
-        several = row.request.n > 1
-        for other in [each for each in self._scheduler.rows if each.request is row.request] if several else [row]:
+        for other in self._scheduler.of_request(row.request.id):
             self._scheduler.remove(other)
         try:
             row.sink(Failed(error))

@@ -2,8 +2,9 @@
 
 from typing import Protocol
 
-from lorafold.engine.scheduler import Part, Row
-from lorafold_adapters.policy import Lane, Mode
+from lorafold.engine.rows import Part, Row
+from lorafold_adapters.costs import Costs
+from lorafold_adapters.policy import Mode, Side
 
 
 class Observer(Protocol):
@@ -22,20 +23,22 @@ class Observer(Protocol):
         ...
 
 
-def mode_of(row: Row, lane: Lane) -> Mode:
-    """By which path a row is computed in a step of this lane."""
+def mode_of(row: Row, folded: Side) -> Mode:
+    """By which path a row is computed in a step with this adapter in the weights."""
     if row.request.adapter is None:
         return Mode.BASE
-    return Mode.UNMERGED if lane is None else Mode.MERGED
+    return Mode.UNMERGED if folded is None else Mode.MERGED
 
 
-def observe(observer: Observer, parts: list[Part], read: list[int], lane: Lane, seconds: float) -> None:
+def observe(observer: Observer, costs: Costs, parts: list[Part], read: list[int], folded: Side, seconds: float) -> None:
     """Tells of one step, in which each part read so many tokens of a prompt.
 
     With any low-rank path in it, it is an unmerged one, whoever else was in the batch.
     """
-    modes = [mode_of(part.row, lane) for part in parts]
+    modes = [mode_of(part.row, folded) for part in parts]
     observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
+    if all(part.decodes for part in parts):
+        costs.step(two_path=Mode.UNMERGED in modes, rows=len(parts), seconds=seconds)
     counted: dict[Mode, list[int]] = {mode: [0, 0] for mode in modes}
     for part, prompt, mode in zip(parts, read, modes, strict=True):
         counted[mode][0] += prompt

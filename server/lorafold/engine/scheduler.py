@@ -1,114 +1,43 @@
 """Waiting and running rows: who has room in the cache, and which tokens run next.
 
-Pure Python: no tensors, no model. Rows start in the order of `FairQueue`, whichever lane they are in, so that rows of
-a lane that waits for its turn are never overtaken by later ones of their deployment. A row starts when its prompt fits
-the cache. If running rows outgrow it, the one that started last gives up its room and computes its tokens again later.
+Pure Python: no tensors, no model. Rows start in the order of `FairQueue`; one whose turn it is not is passed over, but
+one that finds no room in the cache is not: nobody behind it starts before it. A row starts when its prompt fits the
+cache. If running rows outgrow it, the one that started last gives up its room and computes its tokens again later.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 
-from lorafold.engine.detokenize import TextStream
 from lorafold.engine.fair_queue import FairQueue
-from lorafold.engine.pages import Holding, PagePool
-from lorafold.engine.sampling_state import SamplingState
+from lorafold.engine.groups import Groups
+from lorafold.engine.pages import PagePool
+from lorafold.engine.rows import Part, Row, decodes
 from lorafold.errors import InvalidField, KvFull, QueueFull
-from lorafold.requests import Request, Sink
-from lorafold_adapters.policy import Lane
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One completion of a request on its way through the engine."""
-
-    request: Request
-    sink: Sink
-    text: TextStream
-    index: int = 0
-    """Of the completion among those of its request."""
-    tokens: list[int] = field(default_factory=list)
-    """Prompt and answer so far."""
-    leader: "Row | None" = None
-    """The row that reads the same prompt for this one."""
-    holding: Holding | None = None
-    """Its pages of the cache; None while it waits."""
-    lane: Lane = None
-    cached: int = 0
-    """Tokens whose keys and values are in its pages."""
-    read: int = 0
-    """Prompt tokens that were computed or found."""
-    admitted: float = 0.0
-    """When it first started; times are in seconds on the engine's clock."""
-    first_token: float = 0.0
-    """When its first token was chosen."""
-    swap_wait: float = 0.0
-    """How long it had started while another lane ran."""
-    swap_wait_before_first: float = 0.0
-    """The part of `swap_wait` before its first token."""
-    preempted: int = 0
-    """How often it gave up its room."""
-
-    ended: bool = False
-    """True once it was removed."""
-    sampling: SamplingState = field(init=False)
-    """What the choice of its next token depends on beside the logits."""
-
-    def __post_init__(self) -> None:
-        request = self.request
-        self.sampling = SamplingState(request.sampling, self.tokens, len(request.prompt), self.index, request.logprobs)
-
-    @property
-    def generated(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def at_most(self) -> int:
-        """Tokens that it can come to have."""
-        return len(self.request.prompt) + self.request.max_tokens
-
-    @property
-    def pages(self) -> Sequence[int]:
-        """Of the cache, in order; only while it runs."""
-        assert self.holding is not None
-        return self.holding.pages
-
-    @property
-    def ready(self) -> bool:
-        """False while another row reads its prompt."""
-        return self.leader is None or bool(self.leader.generated) or self.leader.ended
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one step runs of one row."""
-
-    row: Row
-    tokens: int
-    """How many, from `row.cached` on."""
-    decodes: bool
-    """True if the token is the last one of the answer so far; else it is read, for the first time or again."""
-    samples: bool
-    """True if the step reaches the row's last token, so that the next one can be chosen."""
-
-
-def arrival(row: Row) -> tuple[float, int]:
-    """What a queue is ordered by."""
-    return row.request.arrived, row.index
+from lorafold_adapters.policy import Cause, Group, Plan, PolicyKind
 
 
 class Scheduler:
-    """At most `max_batch` rows run, at most `max_waiting` wait."""
+    """At most `max_batch` rows run in a step, at most `max_waiting` wait."""
 
     def __init__(self, *, pool: PagePool, max_batch: int, max_waiting: int, prefill_tokens: int) -> None:
         """`prefill_tokens`: how many tokens a step runs at most, those that decode included, which all run."""
         self.pool = pool
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
         self._waiting = FairQueue()
         self._running: dict[Row, None] = {}
+        self._paused: dict[Row, None] = {}
+        """Rows whose answers nobody takes at present."""
+        self._by_deployment: Counter[str] = Counter()
+        """Running rows."""
+        self._by_request: dict[str, list[Row]] = {}
+        self._groups = Groups()
+        self._only: Mapping[Row, None] | None = None
+        self._ready: dict[Group, int] | None = None
+        """What `ready` found, until something changes that."""
+        self._ready_at = -1
+        """Pages that were available then."""
         self.preemptions = 0
         """How often a row gave up its room."""
 
@@ -119,27 +48,47 @@ class Scheduler:
 
     @property
     def running(self) -> tuple[Row, ...]:
-        """Rows with room, in the order in which they started, whether or not it is their lane's turn."""
+        """Rows with room, in the order in which they started, whether or not it is their turn."""
         return tuple(self._running)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows."""
-        return (*self._running, *self._waiting)
+        return (*self._running, *self._waiting, *self._paused)
 
-    def lanes(self) -> dict[Lane, int]:
-        """Running rows by lane."""
-        return dict(Counter(row.lane for row in self._running))
+    @property
+    def empty(self) -> bool:
+        """True if there are no rows."""
+        return not self._by_request
+
+    @property
+    def adapters(self) -> set[str]:
+        """Those that rows need."""
+        return {adapter for adapter, _ in self._groups if adapter is not None}
+
+    def ahead_of(self, row: Row) -> tuple[int, int]:
+        """Rows that would start before a new one in any case, and how many run at once."""
+        running = len(self._running)
+        return self._waiting.ahead_of(row), min(row.request.max_concurrency or running, running)
+
+    def queued(self) -> dict[Group, tuple[int, int]]:
+        """Running and all other rows of each group."""
+        running = Counter(row.group for row in self._running)
+        return {group: (running[group], self._groups.rows(group) - running[group]) for group in self._groups}
+
+    def of_request(self, request_id: str) -> tuple[Row, ...]:
+        """The rows of a request that have not ended; none if it is unknown."""
+        return tuple(self._by_request.get(request_id, ()))
 
     def add(self, *rows: Row) -> None:
         """Puts the rows of a request at the end of their queues, all or none.
 
         Raises QueueFull, or InvalidField or KvFull for what can never run.
         """
-        most = self._max_batch + self._max_waiting
+        most = self.max_batch + self._max_waiting
         if len(rows) > most:
             raise InvalidField("spec.n", f"{len(rows)} are too many: ask for {most}, or raise engine.max_queue")
-        places = max(0, self._max_batch - len(self._running))
+        places = max(0, self.max_batch - len(self._running))
         would_wait = len(self._waiting) + len(rows) - places
         if would_wait > self._max_waiting:
             raise QueueFull(
@@ -153,101 +102,183 @@ class Scheduler:
                 "fewer, or raise engine.kv_memory_gib"
             )
         for row in rows:
+            self._by_request.setdefault(row.request.id, []).append(row)
+            self._groups.join(row)
             self._waiting.push(row)
+        self._ready = None
 
-    def admit(self, lane_of: Callable[[Row], Lane], now: float, *, held: str | None = None) -> None:
-        """Starts the rows that should be next, as far as there is room; a row's lane is chosen then.
+    def only(self, rows: Mapping[Row, None] | None) -> None:
+        """From now on no others run or start; None: all may."""
+        self._only, self._ready = rows, None
 
-        While an adapter is `held`, only its rows start, and others, which cannot run, give up their room for them.
+    def ready(self) -> Mapping[Group, int]:
+        """Groups that have a row that runs or can start, and how many rows they have in all.
+
+        The same object as long as that is so.
         """
-        while row := self._next(lane_of, held):
-            while not (len(self._running) < self._max_batch and self._start(row)):
-                parked = [other for other in self._running if held is not None and other.lane != held]
-                if not parked:
-                    return
-                self._preempt(parked[-1])
+        available = self.pool.available
+        if self._ready is None or self._ready_at != available:
+            groups = {row.group for row in self._running if self._may(row)}
+            groups.update(row.group for row in self._startable())
+            self._ready = {group: self._groups.rows(group) for group in self._groups if group in groups}
+            self._ready_at = available
+        return self._ready
+
+    def admit(self, plan: Plan, now: float) -> None:
+        """Starts rows that run under this plan, as far as there is room.
+
+        While a fold state is held, rows that cannot run give up their room for those that can.
+        """
+        places = self.max_batch - sum(plan.runs(row.group) for row in self._running)
+        while places > 0 and (row := self._next(plan)):
             self._waiting.remove(row)
-            row.admitted = row.admitted or now
-            row.lane = lane_of(row)
-            self._running[row] = None
+            self._start(row)
+            if not row.admitted:
+                row.admitted, row.swap_wait_before_start = now, row.swap_wait
+                self._waiting.charge(row.request.deployment, len(row.request.prompt))
+            places -= 1
 
-    def _next(self, lane_of: Callable[[Row], Lane], held: str | None) -> Row | None:
-        for row in self._waiting:
-            if row.ready and (held is None or lane_of(row) == held):
-                return row
-        return None
+    def _next(self, plan: Plan) -> Row | None:
+        if plan.cause is not Cause.HELD:
+            return next((row for row in self._startable() if plan.runs(row.group)), None)
+        row = next((row for row in self._waiting.heads() if plan.runs(row.group) and not self._limited(row)), None)
+        while row is not None and not self._fits(row):
+            parked = [other for other in self._running if not plan.runs(other.group)]
+            if not parked:
+                return None
+            self._preempt(parked[-1])
+        return row
 
-    def _start(self, row: Row) -> bool:
-        """Gives a row its pages if they are there, and one more for each running row that may still grow."""
-        holding = self.pool.start(row.request.adapter, row.tokens)
-        wanted = self.pool.pages_for(len(row.tokens)) - len(holding.pages)
+    def _startable(self) -> Iterator[Row]:
+        """Rows that could start now, whoever's turn it is; nobody behind one that waits for room."""
+        for row in self._waiting.heads():
+            if self._limited(row) or not self._may(row):
+                continue
+            if not self._fits(row):
+                return
+            yield row
+
+    def _may(self, row: Row) -> bool:
+        return self._only is None or row in self._only
+
+    def _limited(self, row: Row) -> bool:
+        most = row.request.max_concurrency
+        return most is not None and self._by_deployment[row.request.deployment] >= most
+
+    def _fits(self, row: Row) -> bool:
+        """True if there are pages for a row, and one more for each running row that may still grow."""
+        if not self._running:
+            return True
+        room = self.pool.available
         growing = sum(len(other.pages) < self.pool.pages_for(other.at_most) for other in self._running)
-        if self._running and wanted + growing > self.pool.available:
-            self.pool.release(holding)
-            return False
+        wanted = self.pool.pages_for(len(row.tokens)) + growing
+        if wanted <= room or wanted - len(row.tokens) // self.pool.size > room:
+            return wanted <= room
+        known = self.pool.start(row.request.adapter, row.tokens)
+        fits = wanted - len(known.pages) <= self.pool.available
+        self.pool.release(known)
+        return fits
+
+    def _start(self, row: Row) -> None:
+        holding = self.pool.start(row.request.adapter, row.tokens)
         self.pool.grow(holding, len(row.tokens), at_most=row.at_most)
         row.holding, row.cached = holding, holding.sealed * self.pool.size
-        return True
-
-    def requeue(self, rows: Iterable[Row]) -> None:
-        """Puts rows that have not run yet back at the head of their queues, and frees their room."""
-        back = sorted((row for row in rows if not row.read), key=arrival, reverse=True)
-        for row in back:
-            self._back(row)
-
-    def _back(self, row: Row) -> None:
-        self._free(row)
-        self._waiting.push_front(row)
+        self._running[row] = None
+        self._by_deployment[row.request.deployment] += 1
+        self._ready = None
 
     def _free(self, row: Row) -> None:
         del self._running[row]
+        self._by_deployment[row.request.deployment] -= 1
         assert row.holding is not None
         self.pool.release(row.holding)
         row.holding, row.cached = None, 0
+        self._ready = None
 
     def remove(self, row: Row) -> None:
         """Forgets a row, wherever it is, and frees its room."""
         row.ended = True
+        self._take_out(row)
+        self._groups.leave(row)
+        others = self._by_request[row.request.id]
+        others.remove(row)
+        if not others:
+            del self._by_request[row.request.id]
+
+    def _take_out(self, row: Row) -> None:
         if row in self._running:
             self._free(row)
+        elif row in self._paused:
+            del self._paused[row]
         else:
             self._waiting.remove(row)
+        self._ready = None
 
-    def schedule(self, lane: Lane) -> list[Part]:
-        """One step of the lane's rows: a token for each that decodes, then what is to be read, up to the budget."""
-        decoding = [row for row in self.running if row.lane == lane and decodes(row)]
+    def move(self, row: Row, kind: PolicyKind) -> None:
+        """From now on the row runs as rows of that policy do."""
+        waits = row not in self._running and row not in self._paused
+        if waits:
+            self._waiting.remove(row)
+        self._groups.leave(row)
+        row.kind = kind
+        self._groups.join(row)
+        if waits:
+            self._waiting.push(row)
+        self._ready = None
+
+    def pause(self, row: Row) -> None:
+        """Takes a row out until `resume`; what it computed is found again unless its room is needed meanwhile."""
+        self._take_out(row)
+        self._paused[row] = None
+
+    def resume(self, row: Row) -> None:
+        """Puts a paused row at the head of its queue; others stay what they are."""
+        if row in self._paused:
+            del self._paused[row]
+            self._waiting.push_front(row)
+            self._ready = None
+
+    def waited(self, seconds: float, plan: Plan | None = None) -> None:
+        """Notes that rows which do not run under this plan, or all of them, waited."""
+        self._groups.waited(seconds, plan)
+
+    def schedule(self, plan: Plan) -> list[Part]:
+        """One step: a token for each row that decodes, then what is to be read, up to the budget."""
+        runs = [row for row in self._running if plan.runs(row.group) and self._may(row)]
+        decoding = [row for row in runs if decodes(row)][: self.max_batch]
         for row in decoding:
-            self._make_room(row)
+            self._make_room(row, plan)
         parts = [Part(row, 1, decodes=True, samples=True) for row in decoding if row in self._running]
         budget = max(self._prefill_tokens - len(parts), self.pool.size)
-        for row in self.running:
-            if row.lane == lane and not decodes(row) and budget:
+        for row in runs:
+            if row in self._running and not decodes(row) and budget and len(parts) < self.max_batch:
                 tokens = min(len(row.tokens) - row.cached, budget)
                 parts.append(Part(row, tokens, decodes=False, samples=row.cached + tokens == len(row.tokens)))
                 budget -= tokens
         return parts
 
-    def _make_room(self, row: Row) -> None:
+    def _make_room(self, row: Row, plan: Plan) -> None:
         """Makes room for the row's tokens; the rows that started last, itself perhaps, give theirs up for it."""
         while row in self._running:
             assert row.holding is not None
             try:
                 self.pool.grow(row.holding, len(row.tokens), at_most=row.at_most)
             except KvFull:
-                self._preempt(self._last_beside(row))
+                self._preempt(self._last_beside(row, plan))
             else:
                 return
 
-    def _last_beside(self, row: Row) -> Row:
-        """The row that started last; not `row` itself if then nothing of its lane could run."""
+    def _last_beside(self, row: Row, plan: Plan) -> Row:
+        """The row that started last; not `row` itself if then nothing could run."""
         others = [other for other in self._running if other is not row]
-        alone = all(other.lane != row.lane for other in others)
+        alone = not any(plan.runs(other.group) for other in others)
         return others[-1] if alone else next(reversed(self._running))
 
     def _preempt(self, row: Row) -> None:
         row.preempted += 1
         self.preemptions += 1
-        self._back(row)
+        self._free(row)
+        self._waiting.push_front(row)
 
     def ran(self, part: Part) -> int:
         """Notes that a part ran; returns how many prompt tokens that were never read before it read."""
@@ -255,17 +286,14 @@ class Scheduler:
         assert row.holding is not None
         row.cached += part.tokens
         self.pool.seal(row.holding, row.tokens, row.cached)
-        self._waiting.charge(row.request.deployment, part.tokens)
+        self._waiting.charge(row.request.deployment, part.samples)
         fresh = max(0, min(row.cached, len(row.request.prompt)) - row.read)
         row.read += fresh
         return fresh
 
     def check_integrity(self) -> None:
-        """Running rows hold exactly the pages that are in use, and waiting ones none."""
+        """Running rows hold exactly the pages that are in use, and waiting ones none; every row is in its group."""
         self.pool.check_integrity([row.holding for row in self._running if row.holding is not None])
         assert all(row.holding is not None for row in self._running)
-
-
-def decodes(row: Row) -> bool:
-    """True if only the last token of the answer so far is to be run."""
-    return row.generated > 0 and row.cached == len(row.tokens) - 1
+        known = len(self.rows)
+        assert self._groups.total() == known == sum(len(rows) for rows in self._by_request.values())

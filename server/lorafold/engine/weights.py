@@ -1,58 +1,28 @@
 """What the engine thread does to the model's weights between steps: turns of the policy, calls of an operator, and
-adapters that come and go. Knows no requests, only lanes.
+adapters that come and go. Knows no requests, only how many there are of each kind.
 """
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import structlog
 from torch import nn
 
+from lorafold.engine.weights_state import Change, Transition, Verification, WeightsObserver, WeightsState
 from lorafold.errors import BaseReloading
-from lorafold_adapters import AdapterManager
+from lorafold_adapters import AdapterManager, FoldState
 from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.costs import Costs
 from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, LorafoldError
-from lorafold_adapters.policy import Lane, LaneView, Policy, PolicyKind
+from lorafold_adapters.policy import Cause, Group, Hold, Plan, Policy, PolicyKind, QueueView, Side
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightsState:
-    """Which adapter is in the weights, and why."""
-
-    generation: int
-    folded: str | None
-    """Content digest; None: the weights are the base's."""
-    pinned: bool
-    reason: str
-    undo_bytes: int
-    """Memory that is held to give the base back."""
-    reloads: int
-    """How often the base was found damaged and loaded again."""
-    provenance: str
-    """What folds into a quantised base start from; empty if it is not quantised."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """What one change of the weights took."""
-
-    state: WeightsState
-    seconds: float
-    weight_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verification:
-    """What reading every weight found."""
-
-    tensors: int
-    mismatched: tuple[str, ...]
-    base_fingerprint: str
+REMEMBERED = 16
+"""Changes that are told to those who ask."""
 
 
 class WeightsControl:
@@ -62,18 +32,25 @@ class WeightsControl:
         self,
         manager: AdapterManager,
         policy: Policy,
-        on_change: Callable[[Change], None],
+        costs: Costs,
+        observer: WeightsObserver,
         load_base: Callable[[], nn.Module],
     ) -> None:
-        """`load_base` loads the base anew, for a base that turned out damaged."""
+        """`costs` learns what changes take. `load_base` loads the base anew, for a base that turned out damaged."""
         self._manager = manager
         self._load_base = load_base
         self._damaged = False
         self._reloads = 0
         self._policy = policy
-        self._on_change = on_change
+        self.costs = costs
+        """What steps and changes of the weights take."""
+        self._observer = observer
+        self.decision: Plan | None = None
+        """The present plan; None before the first."""
+        self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
+        """The latest change first."""
         self._wanted: Counter[str] = Counter()
-        self._pinned: str | None = None
+        self._hold: Hold | None = None
         self._unfoldable: set[str | None] = set()
         """Adapters whose fold failed: from then on `auto` leaves them unmerged."""
         self._reason = "nothing was folded yet"
@@ -85,7 +62,7 @@ class WeightsControl:
         return WeightsState(
             generation=fold.generation,
             folded=fold.folded,
-            pinned=self._pinned is not None,
+            pinned=self._hold is not None,
             reason=self._reason,
             undo_bytes=fold.undo_bytes,
             reloads=self._reloads,
@@ -100,7 +77,7 @@ class WeightsControl:
     def recover(self) -> None:
         """Gives the base back once more, or else loads it again. Raises BaseCorrupt if that does not help either."""
         start = time.perf_counter()
-        self._pinned = None
+        self._hold = None
         try:
             if self._damaged:
                 raise BaseCorrupt(self._reason)
@@ -112,50 +89,81 @@ class WeightsControl:
             self._reloads += 1
             self._reason = f"loaded again: {error}"
         self._damaged = False
-        self._on_change(Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=0))
+        self._tell(Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=0))
         log.warning("base is whole again", generation=self.state.generation, reason=self._reason)
 
     @property
-    def held(self) -> str | None:
-        """The adapter that MergeAdapter holds folded, if any."""
-        return self._pinned
+    def held(self) -> Hold | None:
+        """What an operator holds in the weights, if anything."""
+        return self._hold
 
-    def lane(self, adapter: str | None, kind: PolicyKind, rows: dict[Lane, int]) -> Lane:
-        """The lane of a row that starts now."""
-        if adapter is not None and adapter == self._pinned:
-            return adapter
-        if kind is PolicyKind.AUTO and adapter in self._unfoldable:
-            return None
-        return self._policy.lane(adapter, kind, self._view(rows))
+    def plan(self, rows: Mapping[Group, int], places: int, now: float, *, draining: bool = False) -> Plan:
+        """What the next step does, of rows that could run; changes nothing yet. `draining` suspends what is held."""
+        folded = self._manager.fold_state.folded
+        held = None if draining else self._hold
+        view = QueueView(held=held, folded=folded, rows=self._foldable(rows), places=places)
+        plan = self._policy.plan(view, now)
+        if self.decision is None or (plan.folded, plan.cause) != (self.decision.folded, self.decision.cause):
+            log.debug("plan", folded=plan.folded, cause=plan.cause.value, reason=plan.reason)
+            self._observer.planned(plan)
+        self.decision = plan
+        return plan
 
-    def next_lane(self, rows: dict[Lane, int], now: float) -> Lane:
-        """Plans the next step and makes the weights what it needs.
+    def _foldable(self, rows: Mapping[Group, int]) -> Mapping[Group, int]:
+        """The same, with `auto` rows as unmerged ones where a fold has failed before."""
+        if not self._unfoldable:
+            return rows
+        known: Counter[Group] = Counter()
+        for (adapter, kind), count in rows.items():
+            beside = kind is PolicyKind.AUTO and adapter in self._unfoldable
+            known[adapter, PolicyKind.UNMERGED if beside else kind] += count
+        return known
+
+    def needs_change(self, plan: Plan) -> bool:
+        """True if `carry_out` would change the weights."""
+        return plan.folded != self._manager.fold_state.folded
+
+    def carry_out(self, plan: Plan) -> None:
+        """Makes the weights what the plan needs.
 
         Raises TurnFailed if the adapter cannot be folded; the base may be damaged then.
         """
-        plan = self._policy.plan(self._view(rows), now)
-        if plan.folded == self._manager.fold_state.folded:
-            return plan.folded
+        if not self.needs_change(plan):
+            return
         try:
-            self._change(plan.folded, plan.reason)
+            self._change(plan.folded, plan.reason, loud=plan.cause is not Cause.TURN)
         except LorafoldError as error:
-            self._pinned = None
+            self._hold = None
             self._unfoldable.add(plan.folded)
             raise TurnFailed(plan.folded, error) from error
-        return plan.folded
 
-    def pin(self, adapter: str) -> Change:
-        """Folds `adapter` and keeps it folded over the policy. Raises what `merge_adapter` raises."""
-        change = self._change(adapter, "held by MergeAdapter")
-        self._pinned = adapter
-        log.info("adapter held", adapter=adapter, seconds=change.seconds)
+    def refuse_fold(self, adapter: Side) -> None:
+        """Raises what folding this adapter would raise, as far as that can be known before."""
+        if adapter is not None:
+            self.require(adapter)
+            self._manager.gate.check(self._manager.adapters[adapter])
+
+    def runs_beside(self, adapter: str | None) -> bool:
+        """True if rows of this adapter can run unmerged."""
+        return adapter is None or self._manager.adapters[adapter].route_refusal is None
+
+    def obey(self, folded: Side, *, hold: bool) -> Change:
+        """Folds an adapter or gives the base back, over the policy; keeps it so if `hold`.
+
+        Raises what `merge_adapter` and `unmerge_adapter` raise.
+        """
+        what = "given back" if folded is None else "folded"
+        change = self._change(folded, f"{what} by hand{' and held' if hold else ''}")
+        self._hold = Hold(folded) if hold else None
+        log.info("weights changed by hand", folded=folded, held=hold, seconds=change.seconds)
         return replace(change, state=self.state)
 
-    def unpin(self) -> Change:
-        """Gives the base back and the weights to the policy again."""
-        self._pinned = None
-        log.info("weights given back to the policies")
-        return self._change(None, "given back by UnmergeAdapter")
+    def let_go(self) -> WeightsState:
+        """Hands the weights to the policy, as they are."""
+        if self._hold is not None:
+            self._hold = None
+            log.info("weights handed to the policy")
+        return self.state
 
     def verify(self) -> Verification:
         """Gives the base back, reads every weight, and folds again what was pinned."""
@@ -164,8 +172,8 @@ class WeightsControl:
         if mismatched:
             self._damaged = True
             self._reason = f"{len(mismatched)} tensors are not what was loaded, '{mismatched[0]}' for one"
-        elif self._pinned is not None:
-            self._change(self._pinned, "held by MergeAdapter")
+        elif self._hold is not None and self._hold.folded is not None:
+            self._change(self._hold.folded, "folded by hand and held")
         base = self._manager.base
         return Verification(tensors=len(base.tensors), mismatched=tuple(mismatched), base_fingerprint=base.digest)
 
@@ -186,8 +194,8 @@ class WeightsControl:
         if self.damaged:
             return
         for adapter in [name for name, count in self._wanted.items() if count <= 0]:
-            if adapter == self._pinned:
-                self._pinned = None
+            if self._hold == Hold(adapter):
+                self._hold = None
                 log.info("hold released: no deployment points at the held adapter any more", adapter=adapter)
             if adapter in used:
                 continue
@@ -206,13 +214,10 @@ class WeightsControl:
         if adapter not in self._manager.adapters:
             raise AdapterNotLoaded(f"adapter {adapter[:12]} was removed while the request was on its way: try again")
 
-    def _view(self, rows: dict[Lane, int]) -> LaneView:
-        return LaneView(pinned=self._pinned, rows=rows)
-
-    def _change(self, adapter: str | None, reason: str) -> Change:
+    def _change(self, adapter: str | None, reason: str, *, loud: bool = True) -> Change:
         if self.damaged:
             raise BaseReloading(f"the base is damaged and about to be loaded again: {self._reason}")
-        before = self._manager.fold_state.generation
+        before = self._manager.fold_state
         start = time.perf_counter()
         written = 0
         self._reason = reason
@@ -221,21 +226,47 @@ class WeightsControl:
                 self._manager.unmerge_adapter()
             else:
                 written = self._manager.merge_adapter(adapter)
+            self._learn(before, time.perf_counter() - start)
         except LorafoldError as error:
             self._reason = str(error)
             raise
         finally:
             change = Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=written)
-            if change.state.generation != before:
-                log.debug("weights changed", folded=change.state.folded, generation=change.state.generation)
-                self._on_change(change)
+            if change.state.generation != before.generation:
+                self._tell(change, loud=loud)
         return change
+
+    def _tell(self, change: Change, *, loud: bool = True) -> None:
+        state = change.state
+        (log.info if loud else log.debug)(
+            "weights changed",
+            folded=state.folded,
+            generation=state.generation,
+            milliseconds=round(change.seconds * 1000, 1),
+            reason=state.reason,
+        )
+        self.transitions.appendleft(
+            Transition(
+                time=datetime.now(UTC),
+                generation=state.generation,
+                folded=state.folded,
+                reason=state.reason,
+                seconds=change.seconds,
+            )
+        )
+        self._observer.changed(change)
+
+    def _learn(self, before: FoldState, seconds: float) -> None:
+        after = self._manager.fold_state
+        if after.generation != before.generation:
+            was, now = before.folded is not None, after.folded is not None
+            self.costs.changed(was_folded=was, is_folded=now, seconds=seconds)
 
 
 class TurnFailed(Exception):
-    """The lane's adapter could not be folded; the base is back unless `WeightsControl.damaged`."""
+    """The adapter could not be folded; the base is back unless `WeightsControl.damaged`."""
 
-    def __init__(self, lane: Lane, error: LorafoldError) -> None:
+    def __init__(self, adapter: Side, error: LorafoldError) -> None:
         super().__init__(str(error))
-        self.lane = lane
+        self.adapter = adapter
         self.error = error

@@ -1,9 +1,9 @@
 """`lorafold.v1.GenerationService`: one request or one stream at a time."""
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -12,9 +12,11 @@ from lorafold.config import BASE
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.metrics import Metrics
-from lorafold.requests import Event, Finished, Request, Started
+from lorafold.requests import Finished, Request, Started
 from lorafold.services import events
 from lorafold.services.fields import refuse_unknown_fields, required
+from lorafold.services.in_flight import InFlight
+from lorafold.services.mailbox import Mailbox
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.status import code_and_reason, translated
 from lorafold.v1 import generation_pb2 as pb
@@ -27,8 +29,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Translates; the engine does the work."""
 
-    def __init__(self, engine: Engine, deployments: Deployments, builder: RequestBuilder, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        deployments: Deployments,
+        builder: RequestBuilder,
+        metrics: Metrics,
+        in_flight: InFlight,
+    ) -> None:
         self._engine = engine
+        self._in_flight = in_flight
         self._deployments = deployments
         self._builder = builder
         self._metrics = metrics
@@ -36,7 +46,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """The whole answer at once."""
         response = pb.GenerateResponse()
-        async with translated(context), aclosing(self._messages(request, context)) as answer:
+        async with translated(context), self._answer(request, context) as answer:
             async for message in answer:
                 while len(response.completions) <= message.index:
                     response.completions.add(index=len(response.completions))
@@ -47,9 +57,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         """The answer as it is decoded."""
-        async with translated(context), aclosing(self._messages(request, context)) as answer:
+        async with translated(context), self._answer(request, context) as answer:
             async for message in answer:
                 yield message
+
+    @asynccontextmanager
+    async def _answer(
+        self, message: pb.GenerateRequest | pb.StreamGenerateRequest, context: Context
+    ) -> AsyncIterator[AsyncIterator[pb.StreamGenerateResponse]]:
+        """The messages of an answer; whoever leaves before its end cancels it. Raises EngineStopped while stopping."""
+        with self._in_flight.one():
+            async with aclosing(self._messages(message, context)) as messages:
+                yield messages
 
     async def _messages(
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, context: Context
@@ -57,14 +76,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Submits the request and yields its messages; leaving before all completions ended, however, cancels them."""
         name, outcome, left = "unknown", "cancelled", 0
         request_id = uuid.uuid4().hex
-        inbox: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        inbox = Mailbox(partial(self._engine.resume, request_id))
         try:
             request = await self._request(message, request_id, context)
             name, left = request.deployment, request.n
-            self._engine.submit(request, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event))
+            self._engine.submit(request, inbox.put, inbox.stalled)
             while left:
-                event = await inbox.get()
+                event = await inbox.take()
                 if isinstance(event, Started) and event.index == 0:
                     self._metrics.first_token(event.provenance.mode, event.seconds)
                 if isinstance(event, Finished):

@@ -31,6 +31,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (server.KvFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "KV_FULL"),
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    (server.FoldInProgress, grpc.StatusCode.ABORTED, "FOLD_IN_PROGRESS"),
     (server.ExportOff, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_FOLDER_UNSET"),
     (server.EngineStopped, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     (server.BaseReloading, grpc.StatusCode.UNAVAILABLE, "BASE_RELOADING"),
@@ -50,7 +51,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (plugin.FoldFailed, grpc.StatusCode.INTERNAL, "FOLD_FAILED"),
     (plugin.BaseCorrupt, grpc.StatusCode.DATA_LOSS, "BASE_CORRUPT"),
 )
-RETRIABLE = {"QUEUE_FULL", "DEPLOYMENT_BUSY", "DRAINING", "ADAPTER_GONE", "BASE_RELOADING"}
+RETRIABLE = {"QUEUE_FULL", "DEPLOYMENT_BUSY", "FOLD_IN_PROGRESS", "DRAINING", "ADAPTER_GONE", "BASE_RELOADING"}
 
 
 def code_and_reason(error: LorafoldError) -> tuple[grpc.StatusCode, str]:

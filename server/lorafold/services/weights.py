@@ -9,10 +9,12 @@ import grpc.aio
 
 from lorafold.config import BASE
 from lorafold.deployments import Deployments
+from lorafold.engine.drains import Drained, Order
 from lorafold.engine.loop import Engine
-from lorafold.engine.weights import WeightsState
+from lorafold.engine.weights_state import WeightsState
 from lorafold.errors import InvalidField
 from lorafold.exports import Exports
+from lorafold.services import fold_states
 from lorafold.services.events import duration
 from lorafold.services.fields import refuse_unknown_fields
 from lorafold.services.status import translated
@@ -20,6 +22,7 @@ from lorafold.v1 import weights_pb2 as pb
 from lorafold.v1 import weights_pb2_grpc
 from lorafold_adapters.errors import AdapterUnsupported
 from lorafold_adapters.export import Exported, Progress
+from lorafold_adapters.policy import Side
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -37,8 +40,19 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         """What is in the weights now, and why."""
         async with translated(context):
             refuse_unknown_fields(request)
-            state = await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.state))
-            return pb.GetFoldStateResponse(fold_state=self._message(state))
+            queued = await asyncio.wrap_future(self._engine.queued())
+            weights = self._engine.weights
+            look = self._engine.call(
+                lambda: (weights.state, weights.decision, [*weights.transitions], fold_states.costs(weights.costs))
+            )
+            state, decision, transitions, costs = await asyncio.wrap_future(look)
+            return pb.GetFoldStateResponse(
+                fold_state=self._message(state),
+                decision=None if decision is None else fold_states.decision(decision),
+                transitions=[fold_states.transition(item) for item in transitions],
+                costs=costs,
+                queued=fold_states.queued(queued),
+            )
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> pb.MergeAdapterResponse:
         """Folds and holds."""
@@ -49,21 +63,52 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             deployment = self._deployments.get(request.deployment)
             if deployment.bound.fold_refusal is not None:
                 raise AdapterUnsupported(f"the adapter cannot be folded: {deployment.bound.fold_refusal}")
-            change = await asyncio.shield(asyncio.wrap_future(self._engine.merge(deployment.digest)))
+            done = await self._obeyed(request, context, deployment.digest, hold=True)
+            fidelity = deployment.folding.fidelity
             return pb.MergeAdapterResponse(
-                fold_state=self._message(change.state),
-                fold_time=duration(change.seconds if change.weight_bytes else 0.0),
-                weight_bytes=change.weight_bytes,
+                fold_state=self._message(done.change.state),
+                fold_time=duration(done.change.seconds if done.change.weight_bytes else 0.0),
+                weight_bytes=done.change.weight_bytes,
+                drain=fold_states.report(done),
+                delta_error=None if fidelity is None else fidelity.delta_error,
             )
 
     async def UnmergeAdapter(self, request: pb.UnmergeAdapterRequest, context: Context) -> pb.UnmergeAdapterResponse:
         """Gives the base back."""
         async with translated(context):
             refuse_unknown_fields(request)
-            change = await asyncio.shield(asyncio.wrap_future(self._engine.unmerge()))
+            done = await self._obeyed(request, context, None, hold=request.hold)
             return pb.UnmergeAdapterResponse(
-                fold_state=self._message(change.state), restore_time=duration(change.seconds)
+                fold_state=self._message(done.change.state),
+                restore_time=duration(done.change.seconds),
+                drain=fold_states.report(done),
             )
+
+    async def ReleaseFoldState(
+        self, request: pb.ReleaseFoldStateRequest, context: Context
+    ) -> pb.ReleaseFoldStateResponse:
+        """The policies decide again."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            state = await asyncio.wrap_future(self._engine.let_go())
+            return pb.ReleaseFoldStateResponse(fold_state=self._message(state))
+
+    async def _obeyed(
+        self, request: pb.MergeAdapterRequest | pb.UnmergeAdapterRequest, context: Context, folded: Side, *, hold: bool
+    ) -> Drained:
+        """What became of the order; it is withdrawn if the caller hangs up while requests still end for it."""
+        order = Order(
+            folded=folded,
+            hold=hold,
+            mode=fold_states.drain_mode(request.drain),
+            until=fold_states.until(request, context.time_remaining(), self._engine.now()),
+        )
+        done = self._engine.order(order)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(done))
+        except asyncio.CancelledError:
+            self._engine.withdraw(done)
+            raise
 
     async def VerifyBase(self, request: pb.VerifyBaseRequest, context: Context) -> pb.VerifyBaseResponse:
         """Reads every weight."""

@@ -23,41 +23,60 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorafold/v1/weights.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\"\xbf\x01\n\tFoldState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65ployments\x18\x03 \x03(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x12\n\nundo_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07reloads\x18\x08 \x01(\r\x12\x12\n\nprovenance\x18\n \x01(\t\"\x15\n\x13GetFoldStateRequest\"B\n\x14GetFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\")\n\x13MergeAdapterRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x86\x01\n\x14MergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12,\n\tfold_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"\x17\n\x15UnmergeAdapterRequest\"u\n\x16UnmergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12/\n\x0crestore_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11VerifyBaseRequest\"m\n\x12VerifyBaseResponse\x12\x10\n\x08restored\x18\x01 \x01(\x08\x12\x17\n\x0ftensors_checked\x18\x02 \x01(\r\x12\x12\n\nmismatched\x18\x03 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\"P\n\x13\x45xportMergedRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0fmax_shard_bytes\x18\x03 \x01(\x04\"\x80\x01\n\x14\x45xportMergedResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.ExportProgressH\x00\x12.\n\x08\x65xported\x18\x02 \x01(\x0b\x32\x1a.lorafold.v1.ExportSummaryH\x00\x42\x07\n\x05\x65vent\"f\n\x0e\x45xportProgress\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\"\x93\x01\n\rExportSummary\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65lta_error\x18\x07 \x01(\x01\x32\xbb\x03\n\x0eWeightsService\x12S\n\x0cGetFoldState\x12 .lorafold.v1.GetFoldStateRequest\x1a!.lorafold.v1.GetFoldStateResponse\x12S\n\x0cMergeAdapter\x12 .lorafold.v1.MergeAdapterRequest\x1a!.lorafold.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".lorafold.v1.UnmergeAdapterRequest\x1a#.lorafold.v1.UnmergeAdapterResponse\x12M\n\nVerifyBase\x12\x1e.lorafold.v1.VerifyBaseRequest\x1a\x1f.lorafold.v1.VerifyBaseResponse\x12U\n\x0c\x45xportMerged\x12 .lorafold.v1.ExportMergedRequest\x1a!.lorafold.v1.ExportMergedResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorafold/v1/weights.proto\x12\x0blorafold.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbf\x01\n\tFoldState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65ployments\x18\x03 \x03(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x12\n\nundo_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07reloads\x18\x08 \x01(\r\x12\x12\n\nprovenance\x18\n \x01(\t\"\x15\n\x13GetFoldStateRequest\"\xe5\x01\n\x14GetFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12\'\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x15.lorafold.v1.Decision\x12,\n\x0btransitions\x18\x03 \x03(\x0b\x32\x17.lorafold.v1.Transition\x12!\n\x05\x63osts\x18\x04 \x01(\x0b\x32\x12.lorafold.v1.Costs\x12\'\n\x06queued\x18\x05 \x03(\x0b\x32\x17.lorafold.v1.QueuedRows\"A\n\x08\x44\x65\x63ision\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x9b\x01\n\nTransition\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\'\n\x04took\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xab\x01\n\x05\x43osts\x12\'\n\x04\x66old\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07restore\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04swap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x05steps\x18\x04 \x03(\x0b\x32\x15.lorafold.v1.StepCost\"o\n\x08StepCost\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12(\n\x05plain\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08two_path\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"V\n\nQueuedRows\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\"\x82\x01\n\x13MergeAdapterRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12%\n\x05\x64rain\x18\x02 \x01(\x0e\x32\x16.lorafold.v1.DrainMode\x12\x30\n\rdrain_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc4\x01\n\x14MergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12,\n\tfold_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\'\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x18.lorafold.v1.DrainReport\x12\x13\n\x0b\x64\x65lta_error\x18\x05 \x01(\x01\"~\n\x15UnmergeAdapterRequest\x12%\n\x05\x64rain\x18\x01 \x01(\x0e\x32\x16.lorafold.v1.DrainMode\x12\x30\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04hold\x18\x03 \x01(\x08\"\x9e\x01\n\x16UnmergeAdapterResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\x12/\n\x0crestore_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x18.lorafold.v1.DrainReport\"i\n\x0b\x44rainReport\x12\x0f\n\x07\x64rained\x18\x01 \x01(\r\x12\x0e\n\x06parked\x18\x02 \x01(\r\x12\x10\n\x08two_path\x18\x03 \x01(\r\x12\'\n\x04took\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x19\n\x17ReleaseFoldStateRequest\"F\n\x18ReleaseFoldStateResponse\x12*\n\nfold_state\x18\x01 \x01(\x0b\x32\x16.lorafold.v1.FoldState\"\x13\n\x11VerifyBaseRequest\"m\n\x12VerifyBaseResponse\x12\x10\n\x08restored\x18\x01 \x01(\x08\x12\x17\n\x0ftensors_checked\x18\x02 \x01(\r\x12\x12\n\nmismatched\x18\x03 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\"P\n\x13\x45xportMergedRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0fmax_shard_bytes\x18\x03 \x01(\x04\"\x80\x01\n\x14\x45xportMergedResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.ExportProgressH\x00\x12.\n\x08\x65xported\x18\x02 \x01(\x0b\x32\x1a.lorafold.v1.ExportSummaryH\x00\x42\x07\n\x05\x65vent\"f\n\x0e\x45xportProgress\x12\x14\n\x0ctensors_done\x18\x01 \x01(\r\x12\x15\n\rtensors_total\x18\x02 \x01(\r\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\"\x93\x01\n\rExportSummary\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65lta_error\x18\x07 \x01(\x01*j\n\tDrainMode\x12\x1a\n\x16\x44RAIN_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44RAIN_MODE_WAIT\x10\x01\x12\x13\n\x0f\x44RAIN_MODE_PARK\x10\x02\x12\x17\n\x13\x44RAIN_MODE_TWO_PATH\x10\x03\x32\x9c\x04\n\x0eWeightsService\x12S\n\x0cGetFoldState\x12 .lorafold.v1.GetFoldStateRequest\x1a!.lorafold.v1.GetFoldStateResponse\x12S\n\x0cMergeAdapter\x12 .lorafold.v1.MergeAdapterRequest\x1a!.lorafold.v1.MergeAdapterResponse\x12Y\n\x0eUnmergeAdapter\x12\".lorafold.v1.UnmergeAdapterRequest\x1a#.lorafold.v1.UnmergeAdapterResponse\x12_\n\x10ReleaseFoldState\x12$.lorafold.v1.ReleaseFoldStateRequest\x1a%.lorafold.v1.ReleaseFoldStateResponse\x12M\n\nVerifyBase\x12\x1e.lorafold.v1.VerifyBaseRequest\x1a\x1f.lorafold.v1.VerifyBaseResponse\x12U\n\x0c\x45xportMerged\x12 .lorafold.v1.ExportMergedRequest\x1a!.lorafold.v1.ExportMergedResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafold.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FOLDSTATE']._serialized_start=75
-  _globals['_FOLDSTATE']._serialized_end=266
-  _globals['_GETFOLDSTATEREQUEST']._serialized_start=268
-  _globals['_GETFOLDSTATEREQUEST']._serialized_end=289
-  _globals['_GETFOLDSTATERESPONSE']._serialized_start=291
-  _globals['_GETFOLDSTATERESPONSE']._serialized_end=357
-  _globals['_MERGEADAPTERREQUEST']._serialized_start=359
-  _globals['_MERGEADAPTERREQUEST']._serialized_end=400
-  _globals['_MERGEADAPTERRESPONSE']._serialized_start=403
-  _globals['_MERGEADAPTERRESPONSE']._serialized_end=537
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=539
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=562
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=564
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=681
-  _globals['_VERIFYBASEREQUEST']._serialized_start=683
-  _globals['_VERIFYBASEREQUEST']._serialized_end=702
-  _globals['_VERIFYBASERESPONSE']._serialized_start=704
-  _globals['_VERIFYBASERESPONSE']._serialized_end=813
-  _globals['_EXPORTMERGEDREQUEST']._serialized_start=815
-  _globals['_EXPORTMERGEDREQUEST']._serialized_end=895
-  _globals['_EXPORTMERGEDRESPONSE']._serialized_start=898
-  _globals['_EXPORTMERGEDRESPONSE']._serialized_end=1026
-  _globals['_EXPORTPROGRESS']._serialized_start=1028
-  _globals['_EXPORTPROGRESS']._serialized_end=1130
-  _globals['_EXPORTSUMMARY']._serialized_start=1133
-  _globals['_EXPORTSUMMARY']._serialized_end=1280
-  _globals['_WEIGHTSSERVICE']._serialized_start=1283
-  _globals['_WEIGHTSSERVICE']._serialized_end=1726
+  _globals['_DRAINMODE']._serialized_start=2582
+  _globals['_DRAINMODE']._serialized_end=2688
+  _globals['_FOLDSTATE']._serialized_start=108
+  _globals['_FOLDSTATE']._serialized_end=299
+  _globals['_GETFOLDSTATEREQUEST']._serialized_start=301
+  _globals['_GETFOLDSTATEREQUEST']._serialized_end=322
+  _globals['_GETFOLDSTATERESPONSE']._serialized_start=325
+  _globals['_GETFOLDSTATERESPONSE']._serialized_end=554
+  _globals['_DECISION']._serialized_start=556
+  _globals['_DECISION']._serialized_end=621
+  _globals['_TRANSITION']._serialized_start=624
+  _globals['_TRANSITION']._serialized_end=779
+  _globals['_COSTS']._serialized_start=782
+  _globals['_COSTS']._serialized_end=953
+  _globals['_STEPCOST']._serialized_start=955
+  _globals['_STEPCOST']._serialized_end=1066
+  _globals['_QUEUEDROWS']._serialized_start=1068
+  _globals['_QUEUEDROWS']._serialized_end=1154
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=1157
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=1287
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=1290
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=1486
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=1488
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=1614
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=1617
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=1775
+  _globals['_DRAINREPORT']._serialized_start=1777
+  _globals['_DRAINREPORT']._serialized_end=1882
+  _globals['_RELEASEFOLDSTATEREQUEST']._serialized_start=1884
+  _globals['_RELEASEFOLDSTATEREQUEST']._serialized_end=1909
+  _globals['_RELEASEFOLDSTATERESPONSE']._serialized_start=1911
+  _globals['_RELEASEFOLDSTATERESPONSE']._serialized_end=1981
+  _globals['_VERIFYBASEREQUEST']._serialized_start=1983
+  _globals['_VERIFYBASEREQUEST']._serialized_end=2002
+  _globals['_VERIFYBASERESPONSE']._serialized_start=2004
+  _globals['_VERIFYBASERESPONSE']._serialized_end=2113
+  _globals['_EXPORTMERGEDREQUEST']._serialized_start=2115
+  _globals['_EXPORTMERGEDREQUEST']._serialized_end=2195
+  _globals['_EXPORTMERGEDRESPONSE']._serialized_start=2198
+  _globals['_EXPORTMERGEDRESPONSE']._serialized_end=2326
+  _globals['_EXPORTPROGRESS']._serialized_start=2328
+  _globals['_EXPORTPROGRESS']._serialized_end=2430
+  _globals['_EXPORTSUMMARY']._serialized_start=2433
+  _globals['_EXPORTSUMMARY']._serialized_end=2580
+  _globals['_WEIGHTSSERVICE']._serialized_start=2691
+  _globals['_WEIGHTSSERVICE']._serialized_end=3231
 # @@protoc_insertion_point(module_scope)

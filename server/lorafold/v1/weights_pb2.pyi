@@ -1,13 +1,26 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class DrainMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAIN_MODE_UNSPECIFIED: _ClassVar[DrainMode]
+    DRAIN_MODE_WAIT: _ClassVar[DrainMode]
+    DRAIN_MODE_PARK: _ClassVar[DrainMode]
+    DRAIN_MODE_TWO_PATH: _ClassVar[DrainMode]
+DRAIN_MODE_UNSPECIFIED: DrainMode
+DRAIN_MODE_WAIT: DrainMode
+DRAIN_MODE_PARK: DrainMode
+DRAIN_MODE_TWO_PATH: DrainMode
 
 class FoldState(_message.Message):
     __slots__ = ("generation", "adapter_digest", "deployments", "pinned", "reason", "base_fingerprint", "undo_bytes", "reloads", "provenance")
@@ -36,38 +49,142 @@ class GetFoldStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetFoldStateResponse(_message.Message):
+    __slots__ = ("fold_state", "decision", "transitions", "costs", "queued")
+    FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    fold_state: FoldState
+    decision: Decision
+    transitions: _containers.RepeatedCompositeFieldContainer[Transition]
+    costs: Costs
+    queued: _containers.RepeatedCompositeFieldContainer[QueuedRows]
+    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ..., queued: _Optional[_Iterable[_Union[QueuedRows, _Mapping]]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("adapter_digest", "cause", "reason")
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    adapter_digest: str
+    cause: str
+    reason: str
+    def __init__(self, adapter_digest: _Optional[str] = ..., cause: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Transition(_message.Message):
+    __slots__ = ("time", "generation", "adapter_digest", "reason", "took")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TOOK_FIELD_NUMBER: _ClassVar[int]
+    time: _timestamp_pb2.Timestamp
+    generation: int
+    adapter_digest: str
+    reason: str
+    took: _duration_pb2.Duration
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., reason: _Optional[str] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Costs(_message.Message):
+    __slots__ = ("fold", "restore", "swap", "steps")
+    FOLD_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    SWAP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    fold: _duration_pb2.Duration
+    restore: _duration_pb2.Duration
+    swap: _duration_pb2.Duration
+    steps: _containers.RepeatedCompositeFieldContainer[StepCost]
+    def __init__(self, fold: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., restore: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., swap: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[StepCost, _Mapping]]] = ...) -> None: ...
+
+class StepCost(_message.Message):
+    __slots__ = ("rows", "plain", "two_path")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_FIELD_NUMBER: _ClassVar[int]
+    TWO_PATH_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    plain: _duration_pb2.Duration
+    two_path: _duration_pb2.Duration
+    def __init__(self, rows: _Optional[int] = ..., plain: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., two_path: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class QueuedRows(_message.Message):
+    __slots__ = ("adapter_digest", "policy", "running", "waiting")
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    adapter_digest: str
+    policy: str
+    running: int
+    waiting: int
+    def __init__(self, adapter_digest: _Optional[str] = ..., policy: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
+
+class MergeAdapterRequest(_message.Message):
+    __slots__ = ("deployment", "drain", "drain_timeout")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    drain: DrainMode
+    drain_timeout: _duration_pb2.Duration
+    def __init__(self, deployment: _Optional[str] = ..., drain: _Optional[_Union[DrainMode, str]] = ..., drain_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class MergeAdapterResponse(_message.Message):
+    __slots__ = ("fold_state", "fold_time", "weight_bytes", "drain", "delta_error")
+    FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
+    FOLD_TIME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    DELTA_ERROR_FIELD_NUMBER: _ClassVar[int]
+    fold_state: FoldState
+    fold_time: _duration_pb2.Duration
+    weight_bytes: int
+    drain: DrainReport
+    delta_error: float
+    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., fold_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., drain: _Optional[_Union[DrainReport, _Mapping]] = ..., delta_error: _Optional[float] = ...) -> None: ...
+
+class UnmergeAdapterRequest(_message.Message):
+    __slots__ = ("drain", "drain_timeout", "hold")
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    drain: DrainMode
+    drain_timeout: _duration_pb2.Duration
+    hold: bool
+    def __init__(self, drain: _Optional[_Union[DrainMode, str]] = ..., drain_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., hold: _Optional[bool] = ...) -> None: ...
+
+class UnmergeAdapterResponse(_message.Message):
+    __slots__ = ("fold_state", "restore_time", "drain")
+    FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_TIME_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    fold_state: FoldState
+    restore_time: _duration_pb2.Duration
+    drain: DrainReport
+    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., restore_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., drain: _Optional[_Union[DrainReport, _Mapping]] = ...) -> None: ...
+
+class DrainReport(_message.Message):
+    __slots__ = ("drained", "parked", "two_path", "took")
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    TWO_PATH_FIELD_NUMBER: _ClassVar[int]
+    TOOK_FIELD_NUMBER: _ClassVar[int]
+    drained: int
+    parked: int
+    two_path: int
+    took: _duration_pb2.Duration
+    def __init__(self, drained: _Optional[int] = ..., parked: _Optional[int] = ..., two_path: _Optional[int] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class ReleaseFoldStateRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReleaseFoldStateResponse(_message.Message):
     __slots__ = ("fold_state",)
     FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
     fold_state: FoldState
     def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ...) -> None: ...
-
-class MergeAdapterRequest(_message.Message):
-    __slots__ = ("deployment",)
-    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
-    deployment: str
-    def __init__(self, deployment: _Optional[str] = ...) -> None: ...
-
-class MergeAdapterResponse(_message.Message):
-    __slots__ = ("fold_state", "fold_time", "weight_bytes")
-    FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
-    FOLD_TIME_FIELD_NUMBER: _ClassVar[int]
-    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
-    fold_state: FoldState
-    fold_time: _duration_pb2.Duration
-    weight_bytes: int
-    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., fold_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
-
-class UnmergeAdapterRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class UnmergeAdapterResponse(_message.Message):
-    __slots__ = ("fold_state", "restore_time")
-    FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
-    RESTORE_TIME_FIELD_NUMBER: _ClassVar[int]
-    fold_state: FoldState
-    restore_time: _duration_pb2.Duration
-    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., restore_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class VerifyBaseRequest(_message.Message):
     __slots__ = ()

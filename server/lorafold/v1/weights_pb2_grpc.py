@@ -50,6 +50,11 @@ class WeightsServiceStub:
                 request_serializer=lorafold_dot_v1_dot_weights__pb2.UnmergeAdapterRequest.SerializeToString,
                 response_deserializer=lorafold_dot_v1_dot_weights__pb2.UnmergeAdapterResponse.FromString,
                 _registered_method=True)
+        self.ReleaseFoldState = channel.unary_unary(
+                '/lorafold.v1.WeightsService/ReleaseFoldState',
+                request_serializer=lorafold_dot_v1_dot_weights__pb2.ReleaseFoldStateRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_weights__pb2.ReleaseFoldStateResponse.FromString,
+                _registered_method=True)
         self.VerifyBase = channel.unary_unary(
                 '/lorafold.v1.WeightsService/VerifyBase',
                 request_serializer=lorafold_dot_v1_dot_weights__pb2.VerifyBaseRequest.SerializeToString,
@@ -74,14 +79,21 @@ class WeightsServiceServicer:
 
     def MergeAdapter(self, request, context):
         """Folds the deployment's adapter into the weights between two steps and keeps it there, over every policy, until
-        UnmergeAdapter. Requests of other adapters and of the base wait meanwhile, their KV kept.
+        UnmergeAdapter or ReleaseFoldState. Requests of other adapters and of the base wait meanwhile, their KV kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnmergeAdapter(self, request, context):
-        """Gives the base weights back bit for bit and hands control to the policies again.
+        """Gives the base weights back bit for bit, and hands the weights to the policies again or holds the base.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseFoldState(self, request, context):
+        """Hands the weights to the policies again, as they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,6 +132,11 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.UnmergeAdapter,
                     request_deserializer=lorafold_dot_v1_dot_weights__pb2.UnmergeAdapterRequest.FromString,
                     response_serializer=lorafold_dot_v1_dot_weights__pb2.UnmergeAdapterResponse.SerializeToString,
+            ),
+            'ReleaseFoldState': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseFoldState,
+                    request_deserializer=lorafold_dot_v1_dot_weights__pb2.ReleaseFoldStateRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_weights__pb2.ReleaseFoldStateResponse.SerializeToString,
             ),
             'VerifyBase': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyBase,
@@ -214,6 +231,33 @@ class WeightsService:
             '/lorafold.v1.WeightsService/UnmergeAdapter',
             lorafold_dot_v1_dot_weights__pb2.UnmergeAdapterRequest.SerializeToString,
             lorafold_dot_v1_dot_weights__pb2.UnmergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseFoldState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafold.v1.WeightsService/ReleaseFoldState',
+            lorafold_dot_v1_dot_weights__pb2.ReleaseFoldStateRequest.SerializeToString,
+            lorafold_dot_v1_dot_weights__pb2.ReleaseFoldStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

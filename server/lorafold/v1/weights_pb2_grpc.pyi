@@ -36,10 +36,12 @@ class WeightsServiceStub:
     GetFoldState: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetFoldStateRequest, _weights_pb2.GetFoldStateResponse]
     MergeAdapter: _grpc.UnaryUnaryMultiCallable[_weights_pb2.MergeAdapterRequest, _weights_pb2.MergeAdapterResponse]
     """Folds the deployment's adapter into the weights between two steps and keeps it there, over every policy, until
-    UnmergeAdapter. Requests of other adapters and of the base wait meanwhile, their KV kept.
+    UnmergeAdapter or ReleaseFoldState. Requests of other adapters and of the base wait meanwhile, their KV kept.
     """
     UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_weights_pb2.UnmergeAdapterRequest, _weights_pb2.UnmergeAdapterResponse]
-    """Gives the base weights back bit for bit and hands control to the policies again."""
+    """Gives the base weights back bit for bit, and hands the weights to the policies again or holds the base."""
+    ReleaseFoldState: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ReleaseFoldStateRequest, _weights_pb2.ReleaseFoldStateResponse]
+    """Hands the weights to the policies again, as they are."""
     VerifyBase: _grpc.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]
     """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
     differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
@@ -57,10 +59,12 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     GetFoldState: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetFoldStateRequest, _weights_pb2.GetFoldStateResponse]  # type: ignore[assignment]
     MergeAdapter: _aio.UnaryUnaryMultiCallable[_weights_pb2.MergeAdapterRequest, _weights_pb2.MergeAdapterResponse]  # type: ignore[assignment]
     """Folds the deployment's adapter into the weights between two steps and keeps it there, over every policy, until
-    UnmergeAdapter. Requests of other adapters and of the base wait meanwhile, their KV kept.
+    UnmergeAdapter or ReleaseFoldState. Requests of other adapters and of the base wait meanwhile, their KV kept.
     """
     UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_weights_pb2.UnmergeAdapterRequest, _weights_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
-    """Gives the base weights back bit for bit and hands control to the policies again."""
+    """Gives the base weights back bit for bit, and hands the weights to the policies again or holds the base."""
+    ReleaseFoldState: _aio.UnaryUnaryMultiCallable[_weights_pb2.ReleaseFoldStateRequest, _weights_pb2.ReleaseFoldStateResponse]  # type: ignore[assignment]
+    """Hands the weights to the policies again, as they are."""
     VerifyBase: _aio.UnaryUnaryMultiCallable[_weights_pb2.VerifyBaseRequest, _weights_pb2.VerifyBaseResponse]  # type: ignore[assignment]
     """Gives the base weights back between two steps and compares every tensor with its digest taken at load. If one
     differs, no request runs until the base is loaded again; health says NOT_SERVING meanwhile.
@@ -87,7 +91,7 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.MergeAdapterResponse, _abc.Awaitable[_weights_pb2.MergeAdapterResponse]]:
         """Folds the deployment's adapter into the weights between two steps and keeps it there, over every policy, until
-        UnmergeAdapter. Requests of other adapters and of the base wait meanwhile, their KV kept.
+        UnmergeAdapter or ReleaseFoldState. Requests of other adapters and of the base wait meanwhile, their KV kept.
         """
 
     @_abc_1.abstractmethod
@@ -96,7 +100,15 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.UnmergeAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.UnmergeAdapterResponse, _abc.Awaitable[_weights_pb2.UnmergeAdapterResponse]]:
-        """Gives the base weights back bit for bit and hands control to the policies again."""
+        """Gives the base weights back bit for bit, and hands the weights to the policies again or holds the base."""
+
+    @_abc_1.abstractmethod
+    def ReleaseFoldState(
+        self,
+        request: _weights_pb2.ReleaseFoldStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.ReleaseFoldStateResponse, _abc.Awaitable[_weights_pb2.ReleaseFoldStateResponse]]:
+        """Hands the weights to the policies again, as they are."""
 
     @_abc_1.abstractmethod
     def VerifyBase(

@@ -1,0 +1,103 @@
+"""What `auto` folds, if anything, while base, `unmerged` and `auto` rows have their turn.
+
+Each option makes so many tokens a second: all rows in one two-path batch, or the rows of one adapter folded while the
+others wait. Whenever another option than the present one is better, the tokens that are lost against it add up; once
+they are what a swap there and back would cost, it is done. That is the ski rental rule (Karlin et al., "Competitive
+randomized algorithms for nonuniform problems", 1994): it never loses more than twice what a prophet would, oscillates
+only when it pays, and has no constant that is not measured.
+"""
+
+from dataclasses import dataclass
+
+from lorafold_adapters.costs import Costs
+from lorafold_adapters.policy import SHARED, Cause, PolicyKind, QueueView, Side, short
+
+LONGEST_STEP = 1.0
+"""Seconds between two plans that count at most: a pause is nobody's loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What `auto` wants folded."""
+
+    folded: Side = SHARED
+    cause: Cause | None = None
+    """None as long as it has not chosen anything."""
+    reason: str = ""
+
+
+class AutoChoice:
+    """Remembers what was lost against every other option."""
+
+    def __init__(self, costs: Costs, max_wait: float) -> None:
+        """`max_wait`: seconds that rows beside a folded adapter may wait."""
+        self._costs = costs
+        self._max_wait = max_wait
+        self._choice = Choice()
+        self._lost: dict[Side, float] = {}
+        """Tokens that each better option would have made more than the present one."""
+        self._last = float("inf")
+        self._beside_since: float | None = None
+        """Since when rows wait beside the folded adapter."""
+
+    def choose(self, view: QueueView, now: float) -> Choice:
+        """Once a step, while the shared side has its turn."""
+        rates = self._rates(view)
+        seconds = max(0.0, min(now - self._last, LONGEST_STEP))
+        self._last = now
+        if self._choice.folded not in rates:
+            self._choose(SHARED, Cause.SHARE_PAYS, f"no rows left for {short(self._choice.folded)}")
+        elif self._waited_too_long(view, now):
+            waited = f"others waited {self._max_wait:g} s beside {short(self._choice.folded)}"
+            self._choose(SHARED, Cause.WAITED, waited)
+        else:
+            self._compare(rates, seconds)
+        return self._choice
+
+    def _rates(self, view: QueueView) -> dict[Side, float]:
+        """Tokens a second of the shared batch, and of the largest group and the present choice folded."""
+        counts = {adapter: rows for (adapter, kind), rows in view.rows.items() if kind is PolicyKind.AUTO}
+        shared = {group: rows for group, rows in view.rows.items() if group[1] is not PolicyKind.MERGED}
+        beside = any(adapter is not None for adapter, _ in shared)
+        rows = min(sum(shared.values()), view.places)
+        rates: dict[Side, float] = {
+            SHARED: rate(rows, self._costs.two_path_seconds(rows) if beside else self._costs.plain_seconds(rows))
+        }
+        for adapter in {self._choice.folded, max(counts, key=counts.__getitem__, default=SHARED)} & counts.keys():
+            rows = min(counts[adapter], view.places)
+            rates[adapter] = rate(rows, self._costs.plain_seconds(rows))
+        return rates
+
+    def _waited_too_long(self, view: QueueView, now: float) -> bool:
+        """True if rows have stood beside the folded adapter for `max_wait`."""
+        folded = self._choice.folded
+        beside = any(group[1] is not PolicyKind.MERGED and group != (folded, PolicyKind.AUTO) for group in view.rows)
+        if folded is SHARED or not beside:
+            self._beside_since = None
+        elif self._beside_since is None:
+            self._beside_since = now
+        return self._beside_since is not None and now - self._beside_since >= self._max_wait
+
+    def _compare(self, rates: dict[Side, float], seconds: float) -> None:
+        present = rates[self._choice.folded]
+        self._lost = {
+            side: max(0.0, self._lost.get(side, 0.0) + (made - present) * seconds)
+            for side, made in rates.items()
+            if side != self._choice.folded
+        }
+        better = max(self._lost, key=self._lost.__getitem__, default=self._choice.folded)
+        there_and_back = self._costs.fold_seconds + self._costs.restore_seconds
+        if rates[better] > present > 0 and self._lost[better] >= there_and_back * rates[better]:
+            cause = Cause.SHARE_PAYS if better is SHARED else Cause.FOLD_PAYS
+            now_and_then = f"{rates[better]:.0f} tokens/s instead of {present:.0f}"
+            self._choose(better, cause, f"{now_and_then} with {short(better)}; the difference has paid for a swap")
+
+    def _choose(self, side: Side, cause: Cause, reason: str) -> None:
+        self._choice = Choice(folded=side, cause=cause, reason=reason)
+        self._lost = {}
+        self._beside_since = None
+
+
+def rate(rows: int, seconds: float | None) -> float:
+    """Tokens a second; 0 if nobody knows."""
+    return rows / seconds if seconds else 0.0

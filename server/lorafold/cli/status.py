@@ -1,0 +1,70 @@
+"""`lorafold status`: what a running server has in its weights and why, who waits, and what it has measured."""
+
+from typing import TYPE_CHECKING
+
+import click
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToJson
+
+from lorafold.cli.common import address_option, connected, json_option
+
+if TYPE_CHECKING:
+    from lorafold.v1.weights_pb2 import GetFoldStateResponse
+
+
+@click.command()
+@json_option
+@address_option
+def status(as_json: bool, address: str) -> None:
+    """Show what is folded and why, who waits, and what folding and unmerged steps cost."""
+    from lorafold.v1 import deployment_pb2, weights_pb2
+
+    with connected(address) as client:
+        found = client.stubs.weights.GetFoldState(weights_pb2.GetFoldStateRequest())
+        page = client.stubs.deployments.ListDeployments(deployment_pb2.ListDeploymentsRequest(page_size=1000))
+    if as_json:
+        click.echo(MessageToJson(found, indent=None, preserving_proto_field_name=True))
+        return
+    names: dict[str, list[str]] = {"": ["base"]}
+    for item in page.deployments:
+        names.setdefault(item.adapter_digest, []).append(item.name)
+    for line in lines(found, {digest: ", ".join(some) for digest, some in names.items()}):
+        click.echo(line)
+
+
+def lines(found: "GetFoldStateResponse", names: dict[str, str]) -> list[str]:
+    """For people. `names`: what each adapter is called."""
+    state = found.fold_state
+    said = [
+        f"weights     {name_of(state.adapter_digest, names)}{', held by hand' if state.pinned else ''}",
+        f"generation  {state.generation}",
+        f"because     {state.reason}",
+    ]
+    if found.HasField("decision"):
+        wants = name_of(found.decision.adapter_digest, names)
+        said.append(f"policy      {found.decision.cause}: {wants}; {found.decision.reason}")
+    for rows in found.queued:
+        who = f"{name_of(rows.adapter_digest, names)} ({rows.policy})"
+        said.append(f"queue       {who}: {rows.running} running, {rows.waiting} waiting")
+    costs = found.costs
+    if costs.fold.ToMicroseconds():
+        said.append(f"fold        {ms(costs.fold)}, restore {ms(costs.restore)}, swap {ms(costs.swap)}")
+    said += [
+        f"steps       up to {step.rows} rows: plain {ms(step.plain)}, two-path {ms(step.two_path)}"
+        for step in costs.steps
+    ]
+    for change in found.transitions:
+        when = change.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
+        said.append(f"{when}  {name_of(change.adapter_digest, names)} in {ms(change.took)}: {change.reason}")
+    return said
+
+
+def name_of(digest: str, names: dict[str, str]) -> str:
+    """What people call an adapter."""
+    return names.get(digest, f"adapter {digest[:12]}")
+
+
+def ms(time: Duration) -> str:
+    """Milliseconds, or that nobody knows yet."""
+    microseconds = time.ToMicroseconds()
+    return f"{microseconds / 1000:.1f} ms" if microseconds else "not measured"

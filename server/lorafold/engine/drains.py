@@ -1,0 +1,157 @@
+"""What becomes of requests in flight when an operator changes what is folded: they finish, wait, or go on unmerged.
+
+Runs on the engine's thread, between steps. Nothing is changed before all that must end has ended.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+
+from lorafold.engine.rows import Row
+from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.weights import WeightsControl
+from lorafold.engine.weights_state import Change
+from lorafold.errors import DeadlineExceeded, EngineStopped, FoldInProgress
+from lorafold_adapters.errors import LorafoldError
+from lorafold_adapters.policy import Cause, Plan, PolicyKind, Side
+
+
+class DrainMode(Enum):
+    """What requests in flight do that cannot run any more."""
+
+    WAIT = "wait"
+    """They finish first, as they were; no other request starts meanwhile."""
+    PARK = "park"
+    """They wait, their keys and values kept, and go on when they may."""
+    TWO_PATH = "two_path"
+    """They go on unmerged; a fold waits for them to end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What an operator wants."""
+
+    folded: Side
+    """The adapter to be folded; None: the base."""
+    hold: bool
+    """Keep it so, over every policy, until `release`."""
+    mode: DrainMode
+    until: float | None
+    """On the engine's clock, seconds: if it cannot be done by then, nothing is changed."""
+
+    def runs(self, row: Row) -> bool:
+        """True if a row can run once this is done."""
+        return Plan(folded=self.folded, cause=Cause.HELD, reason="").runs(row.group)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drained:
+    """What was done."""
+
+    change: Change
+    drained: int
+    """Requests' completions that finished before it."""
+    parked: int
+    """Those in flight that wait now."""
+    unmerged: int
+    """Those that went on unmerged."""
+    seconds: float
+    """From the order to the change, that included."""
+
+
+class Drains:
+    """At most one order is under way."""
+
+    def __init__(self, scheduler: Scheduler, weights: WeightsControl, now: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._weights = weights
+        self._now = now
+        self._order: Order | None = None
+        self._rows: dict[Row, None] = {}
+        """Those that must end first."""
+        self._moved: dict[Row, None] = {}
+        """Those that go on unmerged for this order."""
+        self._done: Future[Drained] = Future()
+        self._since = 0.0
+        self._awaited = 0
+
+    @property
+    def active(self) -> bool:
+        """True while rows must end first."""
+        return self._order is not None
+
+    @property
+    def until(self) -> float | None:
+        """When the present order is given up."""
+        return None if self._order is None else self._order.until
+
+    def begin(self, order: Order, done: "Future[Drained]") -> None:
+        """Starts on an order; `done` then has what was done, or the error.
+
+        Raises FoldInProgress, or what `WeightsControl.refuse` raises.
+        """
+        if self._order is not None:
+            raise FoldInProgress("another call is changing what is folded: wait for it, or cancel it, and try again")
+        self._weights.refuse_fold(order.folded)
+        started = [row for row in self._scheduler.rows if row.admitted]
+        stuck = [row for row in started if not order.runs(row)]
+        if order.mode is DrainMode.TWO_PATH:
+            self._moved = dict.fromkeys(row for row in stuck if self._weights.runs_beside(row.request.adapter))
+            for row in self._moved:
+                self._scheduler.move(row, PolicyKind.UNMERGED)
+        leave = order.mode is DrainMode.PARK
+        self._rows = {} if leave else dict.fromkeys(row for row in stuck if not order.runs(row))
+        self._order, self._done, self._since, self._awaited = order, done, self._now(), len(self._rows)
+        if self._rows:
+            self._scheduler.only(self._rows)
+
+    def advance(self) -> None:
+        """Does what was ordered once nothing stands in its way, or gives it up."""
+        order = self._order
+        if order is None:
+            return
+        self._rows = {row: None for row in self._rows if not row.ended}
+        if not self._rows:
+            self._carry_out(order)
+        elif order.until is not None and self._now() > order.until:
+            self.give_up(
+                DeadlineExceeded(
+                    f"{len(self._rows)} completions were still running, nothing was changed: allow more time, or "
+                    "park them (drain mode 'park')"
+                )
+            )
+
+    def give_up(self, error: LorafoldError) -> None:
+        """Ends the present order, if there is one; nothing was changed."""
+        if self._order is None:
+            return
+        for row in self._moved:
+            if not row.ended:
+                self._scheduler.move(row, row.request.policy)
+        done = self._finish()
+        if not done.done():
+            done.set_exception(error)
+
+    def cancel(self, done: "Future[Drained]") -> None:
+        """Gives up the order of this future if it is still under way: nobody waits for it any more."""
+        if self._done is done:
+            self.give_up(EngineStopped("cancelled"))
+
+    def _carry_out(self, order: Order) -> None:
+        moved, awaited, since = len(self._moved), self._awaited, self._since
+        done = self._finish()
+        try:
+            change = self._weights.obey(order.folded, hold=order.hold)
+        except LorafoldError as error:
+            done.set_exception(error)
+            return
+        parked = sum(bool(row.admitted) and not order.runs(row) for row in self._scheduler.rows)
+        done.set_result(
+            Drained(change=change, drained=awaited, parked=parked, unmerged=moved, seconds=self._now() - since)
+        )
+
+    def _finish(self) -> "Future[Drained]":
+        self._order, self._rows, self._moved = None, {}, {}
+        self._scheduler.only(None)
+        return self._done

@@ -1,0 +1,82 @@
+"""The messages of `WeightsService` about what is folded, why, and what became of requests in flight."""
+
+from collections.abc import Iterable, Mapping
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from lorafold.engine.drains import Drained, DrainMode
+from lorafold.engine.weights_state import Transition
+from lorafold.errors import InvalidField
+from lorafold.services.events import duration
+from lorafold.v1 import weights_pb2 as pb
+from lorafold_adapters.costs import Costs
+from lorafold_adapters.policy import Group, Plan
+
+MODES: dict[int, DrainMode] = {
+    pb.DRAIN_MODE_UNSPECIFIED: DrainMode.PARK,
+    pb.DRAIN_MODE_WAIT: DrainMode.WAIT,
+    pb.DRAIN_MODE_PARK: DrainMode.PARK,
+    pb.DRAIN_MODE_TWO_PATH: DrainMode.TWO_PATH,
+}
+
+
+def drain_mode(value: int) -> DrainMode:
+    """Raises InvalidField."""
+    if value not in MODES:
+        raise InvalidField("drain", f"{value} is no drain mode: use one of the DrainMode enum")
+    return MODES[value]
+
+
+def until(
+    request: pb.MergeAdapterRequest | pb.UnmergeAdapterRequest, remaining: float | None, now: float
+) -> float | None:
+    """When the call is given up, on the engine's clock. Raises InvalidField."""
+    limits = [] if remaining is None else [remaining]
+    if request.HasField("drain_timeout"):
+        limits.append(request.drain_timeout.ToTimedelta().total_seconds())
+        if limits[-1] <= 0:
+            raise InvalidField("drain_timeout", f"is {limits[-1]:g} s: give a positive time, or leave it out")
+    return now + min(limits) if limits else None
+
+
+def decision(plan: Plan) -> pb.Decision:
+    """What the next steps do."""
+    return pb.Decision(adapter_digest=plan.folded or "", cause=plan.cause.value, reason=plan.reason)
+
+
+def transition(item: Transition) -> pb.Transition:
+    """One change of the weights."""
+    time = Timestamp()
+    time.FromDatetime(item.time)
+    return pb.Transition(
+        time=time,
+        generation=item.generation,
+        adapter_digest=item.folded or "",
+        reason=item.reason,
+        took=duration(item.seconds),
+    )
+
+
+def costs(known: Costs) -> pb.Costs:
+    """What was measured so far."""
+    plain, two_path = known.plain.measured(), known.two_path.measured()
+    return pb.Costs(
+        fold=duration(known.fold_seconds),
+        restore=duration(known.restore_seconds),
+        swap=duration(known.swap_seconds),
+        steps=[
+            pb.StepCost(rows=rows, plain=duration(plain.get(rows, 0.0)), two_path=duration(two_path.get(rows, 0.0)))
+            for rows in sorted(plain.keys() | two_path.keys())
+        ],
+    )
+
+
+def queued(groups: Mapping[Group, tuple[int, int]]) -> Iterable[pb.QueuedRows]:
+    """Completions by adapter and policy."""
+    for (adapter, kind), (running, waiting) in groups.items():
+        yield pb.QueuedRows(adapter_digest=adapter or "", policy=kind.value, running=running, waiting=waiting)
+
+
+def report(done: Drained) -> pb.DrainReport:
+    """What became of completions in flight."""
+    return pb.DrainReport(drained=done.drained, parked=done.parked, two_path=done.unmerged, took=duration(done.seconds))
