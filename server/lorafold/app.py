@@ -28,6 +28,13 @@ from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
 
 log = structlog.get_logger(__name__)
+PENDING = 1_000_000
+"""Calls that may wait for Python to look at them: beyond, gRPC itself cancels them, at 1000 unless told otherwise."""
+OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.server.max_pending_requests", PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", PENDING),
+)
 LAST_WORDS = 1.0
 """Seconds in which calls may still be told why they end."""
 
@@ -145,7 +152,7 @@ async def deploy_all(parts: Parts, say: Say) -> None:
 
 def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     """A gRPC server with every service on it, not listening yet."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=OPTIONS)
     builder = RequestBuilder(parts.base, parts.config.engine)
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics, in_flight)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
