@@ -56,7 +56,7 @@ def with_overrides(
     """The file's settings with the command line's over them. Raises ConfigError."""
     from lorafold.config import parse_config
 
-    content = config.model_dump(exclude={"folder"}, mode="python")
+    content = config.model_dump(exclude={"folder", "stem"}, mode="python")
     for section, key, value in (
         ("server", "address", address),
         ("server", "metrics_address", metrics_address),
@@ -65,7 +65,8 @@ def with_overrides(
     ):
         if value is not None:
             content[section][key] = value
-    return parse_config(content, config.folder / "the command line")
+    changed = parse_config(content, config.folder / "the command line")
+    return changed.model_copy(update={"stem": config.stem})
 
 
 def run(config: "Config") -> BaseException | None:

@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from lorafold.engine.answers import Answers
+from lorafold.engine.departures import Departures
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
 from lorafold.engine.observer import Observer, mode_of, observe
@@ -58,6 +59,7 @@ class Engine:
         self._on_death = on_death
         self._on_health = on_health
         self._inbox = Inbox()
+        self._departures = Departures()
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="lorafold-engine", daemon=True)
 
@@ -90,6 +92,10 @@ class Engine:
         """Gives the base back before the next step, and the weights to the policy."""
         return self.call(self._unmerge)
 
+    def watch(self, adapter: str, tell: Callable[[int | None], object]) -> None:
+        """Tells, as `Departures.watch`, how an adapter that no deployment points at leaves the device."""
+        self._inbox.put(Command(lambda: self._departures.watch(adapter, tell), lambda _: tell(None)))
+
     def release(self) -> None:
         """Gives the weights to the policy before the next step if an adapter is held, without waiting for it."""
         self.call(lambda: self.weights.held and self._unmerge())
@@ -119,6 +125,7 @@ class Engine:
             self._inbox.close()
             for row in self._scheduler.rows:
                 self._fail(row, EngineStopped(GONE))
+            self._departures.close()
             self._on_death(cause)
 
     def _stop(self) -> None:
@@ -171,6 +178,7 @@ class Engine:
             self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
         self.weights.sweep({row.request.adapter for row in self._scheduler.rows if row.request.adapter is not None})
+        self._departures.look(self._scheduler.rows, self.weights.leaving)
 
     def _step(self) -> None:
         """Plan, schedule, run, emit."""

@@ -46,10 +46,10 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             refuse_unknown_fields(request)
             if request.deployment in ("", BASE):
                 raise InvalidField("deployment", "name a deployment with an adapter: the base has nothing to fold")
-            deployment = self._deployments.get(request.deployment)
-            if deployment.bound.fold_refusal is not None:
-                raise AdapterUnsupported(f"the adapter cannot be folded: {deployment.bound.fold_refusal}")
-            change = await asyncio.shield(asyncio.wrap_future(self._engine.merge(deployment.digest)))
+            bound = self._deployments.get(request.deployment).served.bound
+            if bound.fold_refusal is not None:
+                raise AdapterUnsupported(f"the adapter cannot be folded: {bound.fold_refusal}")
+            change = await asyncio.shield(asyncio.wrap_future(self._engine.merge(bound.digest)))
             return pb.MergeAdapterResponse(
                 fold_state=self._message(change.state),
                 fold_time=duration(change.seconds if change.weight_bytes else 0.0),
