@@ -79,7 +79,12 @@ def serving(config: Config) -> Iterator[RunningServer]:
 
 
 def demo_config(**sections: object) -> Config:
-    """The demo set on free ports, with every policy in use, and a state file of its own."""
+    """The demo set on free ports, with every policy in use; its state file in a folder of its own."""
+    return demo_config_in(Path(tempfile.mkdtemp(dir=SCRATCH.name)), **sections)
+
+
+def demo_config_in(folder: Path, **sections: object) -> Config:
+    """The same with its state file in `folder`, so that it can come back."""
     content: dict[str, object] = {
         "base": {"model": str(DEMO / "base"), "device": "cpu"},
         "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"},
@@ -89,7 +94,7 @@ def demo_config(**sections: object) -> Config:
             {"name": name, "adapter": str(DEMO / name), "policy": policy} for name, policy in POLICIES.items()
         ],
     }
-    return parse_config({**content, **sections}, Path(tempfile.mkdtemp(dir=SCRATCH.name)) / "test.toml")
+    return parse_config({**content, **sections}, folder / "test.toml")
 
 
 @pytest.fixture(scope="session", autouse=True)
