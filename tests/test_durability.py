@@ -14,6 +14,7 @@ from lorafold.client import Client, ServerError
 from tests.deployments import ROT13, SHIFT, UPPER, create, delete, listed, update
 from tests.processes import Serve, config_file, lorafold
 
+pytestmark = pytest.mark.timeout(300)  # Servers start in seconds, but not on a busy machine.
 SWAPS, ROUNDS = 50, 4
 SAYS = {"upper": "ABC", "rot13": "nop", "shift": "bcd"}
 
@@ -56,7 +57,6 @@ class Swapper:
                 kill.start()
 
 
-@pytest.mark.timeout(300)
 def test_whenever_it_is_killed_what_was_acknowledged_is_there(tmp_path: Path) -> None:
     chance = random.Random(5)
     file = config_file(tmp_path, f'[[deployments]]\nname = "it"\nadapter = "{ROT13}"\npolicy = "unmerged"\n')
