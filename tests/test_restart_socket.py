@@ -45,7 +45,9 @@ def state_file(config: Config) -> Path:
 
 
 def test_everything_clients_made_comes_back_as_it_was(tmp_path: Path) -> None:
-    config = server_of(tmp_path, entry("declared", ROT13), entry("changed", ROT13), entry("gone", ROT13))
+    config = server_of(
+        tmp_path, entry("declared", ROT13), entry("changed", ROT13), *(entry(name, ROT13) for name in ("gone", "again"))
+    )
     with serving(config) as server:
         client = server.client
         create(client, "made", UPPER, "merged")
@@ -53,7 +55,9 @@ def test_everything_clients_made_comes_back_as_it_was(tmp_path: Path) -> None:
         mixed = pb.Composition(method="COMPOSITION_METHOD_DARE_LINEAR", density=0.9, seed=5, parts=parts)
         update(client, "made", composition=mixed, policy=pb.POLICY_AUTO)
         update(client, "changed", adapter_path=str(SHIFT))
-        delete(client, "gone")
+        for name in ("gone", "again"):
+            delete(client, name)
+        create(client, "again", UPPER)
         before = listed(client)
         answers = {name: client.generate(PROMPT, deployment=name).text for name in before}
     with serving(config) as server:
@@ -63,7 +67,7 @@ def test_everything_clients_made_comes_back_as_it_was(tmp_path: Path) -> None:
             update(server.client, "made", etag="other", policy=pb.POLICY_MERGED)
         assert caught.value.reason == "ETAG_MISMATCH"
         update(server.client, "made", etag=before["made"].etag, policy=pb.POLICY_MERGED)
-    assert set(before) == {"declared", "changed", "made"}
+    assert set(before) == {"declared", "changed", "again", "made"}
     assert before["made"].previous.adapter_path == str(UPPER)
 
 

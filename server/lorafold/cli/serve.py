@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from lorafold.app import App
     from lorafold.config import Config
 
 
@@ -111,6 +112,14 @@ async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> Ba
         await app.stop(0)
         reloading.cancel()
         return death.result()
+    await stop(app, told)
+    reloading.cancel()
+    click.echo("stopped")
+    return None
+
+
+async def stop(app: "App", told: asyncio.Event) -> None:
+    """Lets requests in flight finish, unless a second signal comes."""
     click.echo("stopping: requests in flight finish first; a second signal ends at once")
     told.clear()
     stopping = asyncio.create_task(app.stop())
@@ -120,6 +129,3 @@ async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> Ba
     if not stopping.done():
         await app.stop(0)
     await stopping
-    reloading.cancel()
-    click.echo("stopped")
-    return None

@@ -216,6 +216,10 @@ class Engine:
     def _wait_for_a_command(self) -> None:
         """An operator holds the weights and no row may run: only a command, or a deadline, changes that."""
         self._answers.tell_rest()
+        held = self.weights.held
+        self._tidy()  # Or what the last commands removed would stay until the next one.
+        if self.weights.held != held:
+            return
         deadlines = [row.request.deadline for row in self._scheduler.rows if row.request.deadline is not None]
         self._inbox.run_all(wait=max(0.001, min(deadlines) - self.now()) if deadlines else None)
 
