@@ -1,5 +1,6 @@
 import asyncio
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from tests.models import save_adapter, tiny_llama, tiny_qwen
 torch.set_num_threads(2)
 set_up_logging(LogConfig(), sys.stderr)
 DEMO = shipped_set()
+SCRATCH = tempfile.TemporaryDirectory()
+"""For the state files of servers; removed when the tests are over."""
 POLICIES = {"upper": "merged", "rot13": "unmerged", "shift": "unmerged", "swapcase": "auto", "vowels": "merged"}
 
 
@@ -76,7 +79,12 @@ def serving(config: Config) -> Iterator[RunningServer]:
 
 
 def demo_config(**sections: object) -> Config:
-    """The demo set on free ports, with every policy in use."""
+    """The demo set on free ports, with every policy in use; its state file in a folder of its own."""
+    return demo_config_in(Path(tempfile.mkdtemp(dir=SCRATCH.name)), **sections)
+
+
+def demo_config_in(folder: Path, **sections: object) -> Config:
+    """The same with its state file in `folder`, so that it can come back."""
     content: dict[str, object] = {
         "base": {"model": str(DEMO / "base"), "device": "cpu"},
         "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"},
@@ -86,7 +94,7 @@ def demo_config(**sections: object) -> Config:
             {"name": name, "adapter": str(DEMO / name), "policy": policy} for name, policy in POLICIES.items()
         ],
     }
-    return parse_config({**content, **sections}, Path("test.toml"))
+    return parse_config({**content, **sections}, folder / "test.toml")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -56,6 +56,11 @@ class Serve:
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
 
+    def kill(self) -> None:
+        """As a power failure would, for all the process can tell."""
+        self.process.kill()
+        self.process.communicate(timeout=60)
+
     def wait(self) -> tuple[int, str]:
         out, _ = self.process.communicate(timeout=60)
         return self.process.returncode, out

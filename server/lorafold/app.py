@@ -11,18 +11,23 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from lorafold.config import Config
+from lorafold.changes import Changes
+from lorafold.config import Config, state_path
+from lorafold.declared import bring_up
 from lorafold.errors import ConfigError
 from lorafold.exports import Exports
 from lorafold.metrics import Metrics
 from lorafold.own_thread import in_own_thread
 from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.recipes import folders_of
+from lorafold.reconcile import reconcile
 from lorafold.services.deployment import DeploymentService
 from lorafold.services.generation import GenerationService
 from lorafold.services.in_flight import InFlight
 from lorafold.services.prompts import RequestBuilder
 from lorafold.services.weights import WeightsService
+from lorafold.state import State
+from lorafold.state_file import StateFile
 from lorafold.v1 import deployment_pb2_grpc, generation_pb2_grpc, weights_pb2_grpc
 from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
@@ -86,6 +91,7 @@ class App:
             )
         await self._server.stop(max(until - time.monotonic(), LAST_WORDS))
         await in_own_thread(self.parts.engine.stop)
+        await self.parts.deployments.close()
         await self._watch
         self._stop_metrics()
 
@@ -99,12 +105,24 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
 
     Raises ConfigError, ModelUnsupported or a subclass of AdapterError.
     """
-    refuse_cheap_mistakes(config)
-    parts = await load_parts(config, say)
+    file = StateFile(state_path(config))
+    try:
+        return await start_from(file, config, say)
+    except BaseException:
+        file.close()
+        raise
+
+
+async def start_from(file: StateFile, config: Config, say: Say) -> App:
+    """The same with the deployments that `file` remembers."""
+    state = file.read()
+    refuse_cheap_mistakes(config, state)
+    parts = await load_parts(config, file, say)
     parts.engine.start()
     app: App | None = None
     try:
-        await deploy_all(parts, say)
+        await bring_up(parts.deployments, state, config.deployments)
+        say_deployed(parts, say)
         in_flight = InFlight()
         app = App(parts, make_server(parts, in_flight), in_flight)
         await set_health(parts.health, True)
@@ -115,7 +133,7 @@ async def start_app(config: Config, say: Say = lambda _: None) -> App:
     return app
 
 
-def refuse_cheap_mistakes(config: Config) -> None:
+def refuse_cheap_mistakes(config: Config, state: State) -> None:
     """What would otherwise be found after minutes of loading. Raises ConfigError."""
     for key in ("address", "metrics_address"):
         host, _, port = getattr(config.server, key).rpartition(":")
@@ -124,7 +142,7 @@ def refuse_cheap_mistakes(config: Config) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port} (server.{key}): {error.strerror or error}") from error
-    for wanted in config.deployments:
+    for wanted, _ in reconcile(state, config.deployments).followed:
         try:
             for folder in folders_of(wanted.source):
                 read_options(config.folder / folder)
@@ -132,17 +150,16 @@ def refuse_cheap_mistakes(config: Config) -> None:
             raise ConfigError(f"deployment '{wanted.name}': {error}") from error
 
 
-async def deploy_all(parts: Parts, say: Say) -> None:
-    """The deployments of the file. Raises ConfigError that names the one that cannot be made."""
-    for wanted in parts.config.deployments:
-        try:
-            made = await parts.deployments.create(wanted.name, wanted.source, wanted.policy)
-        except AdapterError as error:
-            raise ConfigError(f"deployment '{wanted.name}': {error}") from error
-        bound = made.bound
+def say_deployed(parts: Parts, say: Say) -> None:
+    """Tells people what is served."""
+    for made in parts.deployments.all():
+        if made.staged is None:
+            say(f"kept {made.name}, but it is not served: {made.refusal}")
+            continue
+        bound = made.staged.bound
         say(
-            f"deployed {made.name}: {made.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
-            f"bound {bound.bound} of {bound.targeted} modules, base: {made.match}"
+            f"deployed {made.name}: {made.wanted.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
+            f"bound {bound.bound} of {bound.targeted} modules, base: {made.staged.reading.match}"
         )
         if bound.route_error:
             say(f"  beside the weights it is off by {bound.route_error:.3g} of its delta")
@@ -156,7 +173,8 @@ def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     builder = RequestBuilder(parts.base, parts.config.engine)
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics, in_flight)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
-    deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(DeploymentService(parts.deployments), server)
+    names = DeploymentService(parts.deployments, Changes(parts.deployments))
+    deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(names, server)
     exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
     weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)

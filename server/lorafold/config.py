@@ -66,6 +66,10 @@ class ServerConfig(Section):
     """After SIGTERM: how long requests in flight may take to finish."""
     export_folder: str | None = None
     """Where clients may have merged checkpoints written, relative to the file; nowhere unless given."""
+    state_file: str | None = None
+    """Where deployments are remembered, relative to the file; beside it unless given, as `lorafold.state.json` for
+    `lorafold.toml`. "": nowhere; a restart then forgets what clients changed.
+    """
 
 
 class EngineConfig(Section):
@@ -182,6 +186,18 @@ class DeploymentConfig(Section):
         parts = tuple(RecipePart(path=part.adapter, weight=part.weight) for part in self.compose.parts)
         return Recipe(spec=self.compose.spec, parts=parts)
 
+    def with_source(self, source: Source) -> Self:
+        """The same with another adapter."""
+        compose = compose_of(source) if isinstance(source, Recipe) else None
+        return self.model_copy(update={"adapter": None if compose else source, "compose": compose})
+
+
+def compose_of(recipe: Recipe) -> ComposeConfig:
+    """The recipe as the file would have it."""
+    spec = recipe.spec
+    parts = [PartConfig(adapter=part.path, weight=part.weight) for part in recipe.parts]
+    return ComposeConfig(method=spec.method, parts=parts, density=spec.density, seed=spec.seed, rank=spec.rank)
+
 
 class LogConfig(Section):
     """`[log]`: what goes to stderr."""
@@ -203,6 +219,8 @@ class Config(Section):
     deployments: list[DeploymentConfig] = []
     folder: Path = Path()
     """Where the file lies; relative adapter paths start here. Not a key of the file."""
+    stem: str = "lorafold"
+    """The file's name without `.toml`. Not a key of the file."""
 
 
 def load_config(file: Path) -> Config:
@@ -218,10 +236,10 @@ def load_config(file: Path) -> Config:
 
 def parse_config(content: dict[str, Any], file: Path) -> Config:
     """Checks the contents of `file`. Raises ConfigError."""
-    if "folder" in content:
-        raise ConfigError(f"'{file}': unknown key 'folder'")
+    for key in {"folder", "stem"} & content.keys():
+        raise ConfigError(f"'{file}': unknown key '{key}'")
     try:
-        config = Config.model_validate({**content, "folder": file.parent})
+        config = Config.model_validate({**content, "folder": file.parent, "stem": file.stem})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -240,6 +258,14 @@ def fingerprint_folder(config: Config) -> Path:
     """Where fingerprints of bases are remembered."""
     cache = config.identity.cache
     return user_cache_path("lorafold") / "fingerprints" if cache is None else config.folder / cache
+
+
+def state_path(config: Config) -> Path | None:
+    """The file that deployments are remembered in; None for none."""
+    named = config.server.state_file
+    if named is None:
+        return config.folder / f"{config.stem}.state.json"
+    return config.folder / named if named else None
 
 
 def local_model_path(config: Config) -> str:

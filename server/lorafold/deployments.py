@@ -1,81 +1,64 @@
 """The names that clients call. Lives on the event loop; the engine only ever sees content digests.
 
-Creating and updating read, check and bind the adapter first, in a worker thread, while everything else goes on; only
-when the adapter is on the device does the name point at it. Between resolving a name and submitting the request there
-is no `await`, so a request is always in the engine's inbox before the release of the adapter it needs.
+A change is saved, then in force: only when it is on the disk does the name point at another adapter, which is on the
+device by then. Between resolving a name and submitting the request there is no `await`, so a request is always in the
+engine's inbox before the release of the adapter it needs.
 """
 
 import asyncio
 import re
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 
-from lorafold.config import BASE, NAME_PATTERN
-from lorafold.engine.loop import Engine
-from lorafold.errors import DeploymentBusy, DeploymentExists, DeploymentNotFound, EtagMismatch, InvalidField
-from lorafold.own_thread import in_own_thread
-from lorafold.recipes import Recipe, Source
-from lorafold.stamps import StampCheck
-from lorafold_adapters import AdapterManager
-from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.checkpoint import read_checkpoint
-from lorafold_adapters.errors import AdapterUnsupported, DeltaLost
-from lorafold_adapters.fidelity import Fidelity
+from lorafold.config import BASE, NAME_PATTERN, DeploymentConfig
+from lorafold.errors import DeploymentBusy, DeploymentNotFound, DeploymentUnservable, InvalidField
+from lorafold.progress import Progress, Stage, Tell, nobody
+from lorafold.staging import Staged, Staging
+from lorafold.state import Record, State, Version
+from lorafold.state_file import StateFile
 from lorafold_adapters.policy import PolicyKind
-from lorafold_adapters.provenance import Source as Ingredient
-from lorafold_adapters.routes import unrouted
-from lorafold_adapters.stamp import Match
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Folding:
-    """What folding an adapter would come to."""
-
-    fidelity: Fidelity | None = None
-    """None if it was not measured, as nothing folds the adapter."""
-    refusal: str | None = None
-    """Why the adapter is not folded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deployment:
     """A name and what it points at."""
 
-    name: str
-    source: Source
-    policy: PolicyKind
-    bound: BoundAdapter
-    folding: Folding
-    match: Match
-    """What the adapter's stamp says about the base."""
-    ingredients: tuple[Ingredient, ...]
-    """The adapters it is made of."""
-    etag: str
-    created: datetime
-    updated: datetime
+    record: Record
+    staged: Staged | None = None
+    """None: it is kept, but not served."""
+    refusal: str = ""
+    """Why it is not served."""
+
+    @property
+    def name(self) -> str:
+        """What clients call."""
+        return self.record.name
+
+    @property
+    def wanted(self) -> DeploymentConfig:
+        """Its settings."""
+        return self.record.current.wanted
 
     @property
     def digest(self) -> str:
         """Content digest of the adapter."""
-        return self.bound.digest
+        return self.record.current.digest
 
     @property
-    def path(self) -> PolicyKind:
-        """The policy that its requests follow: an adapter that has only one mode is served in that."""
-        if self.policy is PolicyKind.AUTO and self.folding.refusal is not None:
-            return PolicyKind.UNMERGED
-        if self.policy is PolicyKind.AUTO and self.bound.route_refusal is not None:
-            return PolicyKind.MERGED
-        return self.policy
+    def served(self) -> Staged:
+        """What requests run on. Raises DeploymentUnservable."""
+        if self.staged is None:
+            raise DeploymentUnservable(
+                f"'{self.name}' is not served: {self.refusal}; updating it, rolling it back or deleting it works"
+            )
+        return self.staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +72,37 @@ class Target:
 class Deployments:
     """All deployments of one server."""
 
-    def __init__(self, manager: AdapterManager, engine: Engine, stamps: StampCheck, folder: Path) -> None:
-        self._manager = manager
-        self._engine = engine
-        self._stamps = stamps
-        self._folder = folder.absolute()
+    def __init__(self, staging: Staging, file: StateFile) -> None:
+        """`file`: where they are remembered."""
+        self.staging = staging
+        self._file = file
         self._by_name: dict[str, Deployment] = {}
-        self._busy: set[str] = set()
-        self._binding = asyncio.Lock()
+        self._deleted: dict[str, DeploymentConfig] = {}
+        """Of the file, as it had them when clients deleted them."""
+        self._busy: dict[str, asyncio.Future[None]] = {}
+        self._saving = asyncio.Lock()
+
+    @property
+    def state(self) -> State:
+        """What is to be remembered."""
+        return state_of(self._by_name, self._deleted)
 
     def resolve(self, name: str) -> Target:
-        """What a request to `name` runs on, now. Raises DeploymentNotFound."""
+        """What a request to `name` runs on, now. Raises DeploymentNotFound or DeploymentUnservable."""
         if name in ("", BASE):
             return Target(None, PolicyKind.UNMERGED)
         deployment = self.get(name)
-        return Target(deployment.digest, deployment.path)
+        return Target(deployment.digest, deployment.served.path(deployment.wanted.policy))
+
+    def has(self, name: str) -> bool:
+        """True if there is a deployment of that name, beside the base's."""
+        return name in self._by_name
 
     def get(self, name: str) -> Deployment:
         """Raises DeploymentNotFound."""
         if name == BASE:
             raise DeploymentNotFound("'base' is built in: it can be called, but not looked up, changed or deleted")
-        if name not in self._by_name:
+        if not self.has(name):
             raise DeploymentNotFound(f"no deployment is named '{name}': list them, or create it first")
         return self._by_name[name]
 
@@ -119,151 +112,84 @@ class Deployments:
 
     def pointing_at(self, digest: str) -> list[str]:
         """Names of the deployments of one adapter."""
-        return [deployment.name for deployment in self.all() if deployment.digest == digest]
+        return [found.name for found in self.all() if found.staged is not None and found.digest == digest]
 
-    async def create(self, name: str, source: Source, policy: PolicyKind) -> Deployment:
-        """Raises InvalidField, DeploymentExists, DeploymentBusy or a subclass of AdapterError."""
-        check_name(name)
-        with self._changing(name):
-            if name in self._by_name:
-                raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            bound, match, ingredients = await self._read(source)
-            folding = await self._put_on_device(bound, policy)
-            now = datetime.now(UTC)
-            deployment = Deployment(
-                name=name,
-                source=source,
-                policy=policy,
-                bound=bound,
-                folding=folding,
-                match=match,
-                ingredients=ingredients,
-                etag=uuid.uuid4().hex,
-                created=now,
-                updated=now,
-            )
-            self._by_name[name] = deployment
-        log.info("deployment created", name=name, adapter=deployment.digest, policy=policy.value)
-        return deployment
+    def forgotten(self, name: str) -> DeploymentConfig | None:
+        """The file's entry of a deployment that a client deleted."""
+        return self._deleted.get(name)
 
-    async def update(self, name: str, source: Source | None, policy: PolicyKind | None, etag: str) -> Deployment:
-        """Changes what is not None. Raises DeploymentNotFound, EtagMismatch, DeploymentBusy or an AdapterError."""
-        with self._changing(name):
-            old = self.get(name)
-            self._check_etag(old, etag)
-            policy = policy or old.policy
-            bound, match, ingredients = old.bound, old.match, old.ingredients
-            if source is not None:
-                bound, match, ingredients = await self._read(source)
-            folding = await self._put_on_device(bound, policy)
-            new = replace(
-                old,
-                source=old.source if source is None else source,
-                policy=policy,
-                bound=bound,
-                folding=folding,
-                match=match,
-                ingredients=ingredients,
-                etag=uuid.uuid4().hex,
-                updated=datetime.now(UTC),
-            )
-            self._by_name[name] = new
-            self._release(old)
-        log.info("deployment updated", name=name, adapter=new.digest, before=old.digest, policy=policy.value)
-        return new
+    async def commit(
+        self,
+        changes: Mapping[str, Deployment | None],
+        deleted: Mapping[str, DeploymentConfig | None],
+        tell: Tell = nobody,
+    ) -> None:
+        """Saves all changes, then puts them in force, and releases what is not pointed at any more. None deletes.
 
-    async def delete(self, name: str, etag: str) -> None:
-        """Raises DeploymentNotFound, EtagMismatch or DeploymentBusy."""
-        with self._changing(name):
-            old = self.get(name)
-            self._check_etag(old, etag)
-            del self._by_name[name]
-            self._release(old)
-        log.info("deployment deleted", name=name, adapter=old.digest)
-
-    async def _read(self, source: Source) -> tuple[BoundAdapter, Match, tuple[Ingredient, ...]]:
-        """Reads, checks and binds an adapter, or each part of a composition, and compares stamps with the base."""
-        if not isinstance(source, Recipe):
-            bound, match = await self._read_folder(source)
-            return bound, match, (Ingredient(name=Path(source).name, digest=bound.digest, kind=bound.kind),)
-        parts = [await self._read_folder(part.path) for part in source.parts]
-        ingredients = tuple(
-            Ingredient(name=Path(part.path).name, digest=bound.digest, kind=bound.kind, weight=part.weight)
-            for (bound, _), part in zip(parts, source.parts, strict=True)
-        )
-        weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
-        bound = await in_own_thread(self._manager.compose, weighted, source.spec)
-        return await self._with_routes(bound), least_sure(match for _, match in parts), ingredients
-
-    async def _read_folder(self, path: str) -> tuple[BoundAdapter, Match]:
-        async with self._binding:
-            checkpoint = await in_own_thread(read_checkpoint, self._folder / path)
-            bound = await in_own_thread(self._manager.bind, checkpoint)
-            match = await in_own_thread(self._stamps.check, checkpoint)
-        return bound, match
-
-    async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:
-        """Module by module between steps of the engine, which would stand still for all of them."""
-        routes = {}
-        for module in unrouted(bound):
-            work = partial(self._manager.route, bound, module)
-            routes[module] = await asyncio.wrap_future(self._engine.call(work))
-        return self._manager.with_routes(bound, routes)
-
-    async def _put_on_device(self, bound: BoundAdapter, policy: PolicyKind) -> Folding:
-        """Measures what a fold keeps of the adapter if the policy folds it, and loads it.
-
-        Raises AdapterUnsupported or DeltaLost if the policy demands a mode that the adapter does not have.
+        `deleted`: the same for what is remembered of the file's entries that clients deleted. Raises StateNotSaved:
+        then nothing has changed, and what was staged for the changes is released.
         """
-        if policy is PolicyKind.UNMERGED and bound.route_refusal is not None:
-            raise AdapterUnsupported(f"the adapter cannot run unmerged: {bound.route_refusal}; deploy it merged")
-        folding = Folding(refusal=bound.fold_refusal)
-        if policy is not PolicyKind.UNMERGED:
-            folding = await self._measured(bound)
-        if folding.refusal is not None and (policy is PolicyKind.MERGED or bound.route_refusal is not None):
-            await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
-        elif folding.refusal is not None and policy is PolicyKind.AUTO:
-            log.warning("adapter stays unmerged", adapter=bound.digest, reason=folding.refusal)
-        await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
-        return folding
-
-    async def _measured(self, bound: BoundAdapter) -> Folding:
-        """What a fold would keep; measured parameter by parameter, with steps of the engine between them."""
-        if bound.fold_refusal is not None:
-            return Folding(refusal=bound.fold_refusal)
-        parameters = self._manager.gate.measure(bound)
-        while await asyncio.wrap_future(self._engine.call(lambda: next(parameters, None))) is not None:
-            pass
-        fidelity = await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.fidelity(bound)))
-        try:
-            await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
-        except DeltaLost as error:
-            return Folding(fidelity=fidelity, refusal=str(error))
-        return Folding(fidelity=fidelity)
-
-    def _release(self, deployment: Deployment) -> None:
-        self._engine.call(lambda: self._engine.weights.release(deployment.digest))
+        async with self._saving:
+            after, forgotten = merged(self._by_name, changes), merged(self._deleted, deleted)
+            before = {name: self._by_name.get(name) for name in changes}
+            try:
+                await self._file.write(state_of(after, forgotten))
+            except BaseException:
+                self._release(changes, before)
+                raise
+            tell(Progress(stage=Stage.SAVED))
+            self._by_name, self._deleted = after, forgotten
+            tell(Progress(stage=Stage.SWITCHED))
+            self._release(before, changes)
 
     @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
-        if name in self._busy:
-            raise DeploymentBusy(f"another call is changing '{name}' now: wait for it and try again")
-        self._busy.add(name)
+    def changing(self, *names: str) -> Iterator[None]:
+        """Inside, nobody else changes them. Raises DeploymentBusy."""
+        for name in names:
+            if name in self._busy:
+                raise DeploymentBusy(f"another call is changing '{name}' now: wait for it and try again")
+        done = asyncio.get_running_loop().create_future()
+        self._busy.update(dict.fromkeys(names, done))
         try:
             yield
         finally:
-            self._busy.discard(name)
+            for name in names:
+                del self._busy[name]
+            done.set_result(None)
 
-    @staticmethod
-    def _check_etag(deployment: Deployment, etag: str) -> None:
-        if etag and etag != deployment.etag:
-            raise EtagMismatch(f"'{deployment.name}' was changed since you read it: get it again and decide anew")
+    async def settled(self, names: list[str]) -> bool:
+        """Waits for the calls that change `names` now; False if there was none, and then it did not wait."""
+        calls = {self._busy[name] for name in names if name in self._busy}
+        if calls:
+            await asyncio.wait(calls)
+        return bool(calls)
+
+    def version(self, wanted: DeploymentConfig, staged: Staged) -> Version:
+        """What is remembered of settings that are served now."""
+        return Version(wanted=wanted, digest=staged.bound.digest, base=self.staging.base)
+
+    async def close(self) -> None:
+        """Lets another server have the state file, once what is being saved is saved."""
+        async with self._saving:
+            self._file.close()
+
+    def _release(self, these: Mapping[str, Deployment | None], others: Mapping[str, Deployment | None]) -> None:
+        """What is staged for these and not for the others."""
+        for name, deployment in these.items():
+            other = others[name]
+            if deployment and deployment.staged and not (other and other.staged is deployment.staged):
+                self.staging.release(deployment.staged)
 
 
-def least_sure(matches: Iterable[Match]) -> Match:
-    """What the stamps of several adapters say together."""
-    found = set(matches)
-    return next(match for match in (Match.UNSTAMPED, Match.OTHER_DTYPE, Match.SAME) if match in found)
+def merged(old: Mapping[str, T], changes: Mapping[str, T | None]) -> dict[str, T]:
+    """What is there after the changes, of which None removes."""
+    return {name: value for name, value in {**old, **changes}.items() if value is not None}
+
+
+def state_of(deployments: Mapping[str, Deployment], deleted: Mapping[str, DeploymentConfig]) -> State:
+    """What is to be remembered of them."""
+    records = tuple(deployments[name].record for name in sorted(deployments))
+    return State(deployments=records, deleted=tuple(deleted[name] for name in sorted(deleted)))
 
 
 def check_name(name: str) -> None:

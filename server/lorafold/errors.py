@@ -7,7 +7,12 @@ LorafoldError
 ├── DeploymentNotFound      no deployment of that name
 ├── DeploymentExists        the name is taken
 ├── DeploymentBusy          another call is changing this deployment now
+├── DeploymentUnservable    the deployment is kept, but its adapter is not what it was or not there
 ├── EtagMismatch            the deployment was changed since the caller read it
+├── NothingToRollBack       the deployment was never updated
+├── AdapterChanged          an adapter's folder holds other content than the one that was served
+├── StateNotSaved           the change could not be written into the state file; nothing was changed
+│   └── StateDiskFull       as there is no room for it
 ├── QueueFull               too many requests wait
 ├── KvFull                  the sequence can never fit the cache
 ├── DeadlineExceeded        the request's own deadline passed before it was done
@@ -51,8 +56,28 @@ class DeploymentBusy(LorafoldError):
     """Another call is changing this deployment now."""
 
 
+class DeploymentUnservable(LorafoldError):
+    """The deployment is kept, but has no adapter that could be served."""
+
+
 class EtagMismatch(LorafoldError):
     """The deployment was changed since the caller read it."""
+
+
+class NothingToRollBack(LorafoldError):
+    """The deployment was never updated."""
+
+
+class AdapterChanged(LorafoldError):
+    """An adapter's folder holds other content than the one that was served."""
+
+
+class StateNotSaved(LorafoldError):
+    """A change could not be written into the state file; nothing was changed."""
+
+
+class StateDiskFull(StateNotSaved):
+    """The state file's disk, or the quota on it, is full."""
 
 
 class QueueFull(LorafoldError):

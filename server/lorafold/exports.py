@@ -49,7 +49,7 @@ class Exports:
     async def export(self, name: str, path: str, shard_size: int) -> AsyncGenerator[Progress | Exported, None]:
         """Writes deployment `name` to `path`, which starts at the export folder; leaving early removes everything.
 
-        Raises ExportOff, InvalidField, DeploymentNotFound, and what `export_merged` raises.
+        Raises ExportOff, InvalidField, DeploymentNotFound, DeploymentUnservable, and what `export_merged` raises.
         """
         if self._folder is None:
             raise ExportOff("this server writes no exports: set export_folder under [server] in its configuration")
@@ -57,12 +57,13 @@ class Exports:
         if name in ("", BASE):
             raise InvalidField("deployment", "name a deployment with an adapter: the base is a checkpoint already")
         deployment = self._deployments.get(name)
-        bound = deployment.bound
-        spec = deployment.source.spec if isinstance(deployment.source, Recipe) else None
+        staged, source = deployment.served, deployment.wanted.source
+        bound = staged.bound
+        spec = source.spec if isinstance(source, Recipe) else None
         order = Order(
             bound=bound,
             out=out,
-            origin=origin(self._base_name, deployment.ingredients, spec),
+            origin=origin(self._base_name, staged.reading.ingredients, spec),
             tokenizer=self._tokenizer,
             shard_size=shard_size or SHARD_SIZE,
         )

@@ -25,7 +25,9 @@ from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase, load_base, load_model, load_weights
 from lorafold.own_thread import in_own_thread
+from lorafold.staging import Staging
 from lorafold.stamps import StampCheck
+from lorafold.state_file import StateFile
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.errors import BaseMismatch
@@ -59,8 +61,8 @@ class Parts:
     """Done when the engine has ended: None if it was told to, or else what killed it."""
 
 
-async def load_parts(config: Config, say: Say) -> Parts:
-    """Everything but the network. Raises ModelUnsupported."""
+async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
+    """Everything but the network and what `file` remembers. Raises ModelUnsupported."""
     path = local_model_path(config)
     before = await in_own_thread(model_files, path)
     base = await timed(say, "loaded the base", lambda: load_base(config.base, path))
@@ -103,7 +105,7 @@ async def load_parts(config: Config, say: Say) -> Parts:
         overlap=model.device.type == "cuda",
     )
     stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
-    deployments = Deployments(manager, engine, stamps, config.folder)
+    deployments = Deployments(Staging(manager, engine, stamps, config.folder), file)
     return Parts(
         config=config,
         base=base,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from lorafold.v1.deployment_pb2 import Composition, CompositionPart, Deployment
+    from lorafold.v1.deployment_pb2 import Composition, CompositionPart, Deployment, PreviousVersion
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd")
 OPTIONS = (
@@ -87,7 +87,7 @@ def server_path(adapter: str) -> str:
     return str(Path(adapter).absolute()) if Path(adapter).is_dir() else adapter
 
 
-def in_words(item: "Deployment") -> str:
+def in_words(item: "Deployment | PreviousVersion") -> str:
     """What a deployment's adapter is made from, for people."""
     if not item.HasField("composition"):
         return item.adapter_path

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from lorafold.v1.deployment_pb2 import Deployment
 
 POLICIES = click.Choice(["merged", "unmerged", "auto"])
+etag_option = click.option("--etag", default="", help="Only if the deployment still has this etag.")
 
 
 @click.group()
 def deployments() -> None:
-    """List, create, update and delete deployments."""
+    """List, create, update, roll back and delete deployments."""
 
 
 @deployments.command("list")
@@ -40,7 +41,7 @@ def list_all(as_json: bool, address: str) -> None:
         return
     click.echo(f"{'NAME':<20} {'POLICY':<9} {'DIGEST':<13} {'KIND':<16} ADAPTER")
     for item in found:
-        row = as_dict(item)
+        row = as_dict(item) | ({"kind": "NOT SERVED"} if item.not_served else {})
         click.echo(
             f"{row['name']:<20} {row['policy']:<9} {item.adapter_digest[:12]:<13} {row['kind']:<16} {row['adapter']}"
         )
@@ -80,11 +81,13 @@ def create(name: str, policy: str, as_json: bool, address: str, **source: Any) -
 @click.argument("name")
 @source_options
 @click.option("--policy", type=POLICIES, help="Change the policy.")
-@click.option("--etag", default="", help="Only if the deployment still has this etag.")
+@etag_option
+@click.option("--wait", is_flag=True, help="Show how far it is, and wait until the adapter of before is gone.")
 @json_option
 @address_option
-def update(name: str, policy: str | None, etag: str, as_json: bool, address: str, **source: Any) -> None:
+def update(name: str, policy: str | None, etag: str, wait: bool, as_json: bool, address: str, **source: Any) -> None:
     """Point NAME at another adapter, or change its policy; requests in flight finish on what they started with."""
+    from lorafold.cli.updates import followed
     from lorafold.v1 import deployment_pb2 as pb
 
     wanted = pb.Deployment(name=name, etag=etag)
@@ -93,15 +96,32 @@ def update(name: str, policy: str | None, etag: str, as_json: bool, address: str
     if policy is not None:
         wanted.policy = policy_value(policy)
     with connected(address) as client:
+        if wait:
+            show(followed(client, wanted), as_json)
+            return
         request = pb.UpdateDeploymentRequest(deployment=wanted)
         show(client.stubs.deployments.UpdateDeployment(request).deployment, as_json)
 
 
 @deployments.command()
 @click.argument("name")
+@etag_option
+@json_option
+@address_option
+def rollback(name: str, etag: str, as_json: bool, address: str) -> None:
+    """Give NAME back the adapter and the policy that it had before its last update."""
+    from lorafold.v1 import deployment_pb2 as pb
+
+    with connected(address) as client:
+        request = pb.RollbackDeploymentRequest(name=name, etag=etag)
+        show(client.stubs.deployments.RollbackDeployment(request).deployment, as_json)
+
+
+@deployments.command()
+@click.argument("name")
 @address_option
 def delete(name: str, address: str) -> None:
-    """Remove NAME; requests in flight finish."""
+    """Remove NAME; requests in flight finish first."""
     from lorafold.v1 import deployment_pb2 as pb
 
     with connected(address) as client:
@@ -130,6 +150,8 @@ def as_dict(item: "Deployment") -> dict[str, object]:
         "base_match": BaseMatch.Name(item.base_match).removeprefix("BASE_MATCH_").lower().replace("_", " "),
         "unmerged_error": item.unmerged_error if item.HasField("unmerged_error") else None,
         **folding_dict(item),
+        "not_served": item.not_served or None,
+        "previous": in_words(item.previous) if item.HasField("previous") else None,
         "etag": item.etag,
         "updated": item.update_time.ToJsonString(),
     }

@@ -3,12 +3,14 @@
 import asyncio
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from lorafold.app import App
     from lorafold.config import Config
 
 
@@ -35,15 +37,19 @@ def serve(
         policy = "auto"                   # merged, unmerged or auto
 
     Ctrl-C or SIGTERM: requests in flight finish first; a second one ends at once.
+    SIGHUP: FILE is read again, and changed deployments and [log] level are put in force.
     """
     from lorafold.config import load_config
     from lorafold.logs import set_up_logging
     from lorafold_adapters.errors import LorafoldError
 
+    def read() -> "Config":
+        return with_overrides(load_config(file), address, metrics_address, device, log_format)
+
     try:
-        config = with_overrides(load_config(file), address, metrics_address, device, log_format)
+        config = read()
         set_up_logging(config.log)
-        failure = run(config)
+        failure = run(config, read)
     except LorafoldError as error:
         raise click.ClickException(str(error)) from error
     if failure is not None:
@@ -56,7 +62,7 @@ def with_overrides(
     """The file's settings with the command line's over them. Raises ConfigError."""
     from lorafold.config import parse_config
 
-    content = config.model_dump(exclude={"folder"}, mode="python")
+    content = config.model_dump(exclude={"folder", "stem"}, mode="python")
     for section, key, value in (
         ("server", "address", address),
         ("server", "metrics_address", metrics_address),
@@ -65,38 +71,55 @@ def with_overrides(
     ):
         if value is not None:
             content[section][key] = value
-    return parse_config(content, config.folder / "the command line")
+    changed = parse_config(content, config.folder / "the command line")
+    return changed.model_copy(update={"stem": config.stem})
 
 
-def run(config: "Config") -> BaseException | None:
-    """Serves until a signal or the engine's death; returns what killed the engine, if something did."""
+def run(config: "Config", read: "Callable[[], Config]") -> BaseException | None:
+    """Serves until a signal or the engine's death; returns what killed the engine, if something did.
+
+    `read` reads the configuration again. Raises LorafoldError.
+    """
     import uvloop
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve_until_told(config))
+        return runner.run(serve_until_told(config, read))
 
 
-async def serve_until_told(config: "Config") -> BaseException | None:
+async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> BaseException | None:
     """The life of a server."""
     from lorafold.app import start_app
+    from lorafold.reloading import Reloader
 
     start = time.perf_counter()
+    loop = asyncio.get_running_loop()
+    hung_up = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)  # Now, as it would end a server that is still loading.
     app = await start_app(config, click.echo)
     click.echo(f"serving on {app.address} after {time.perf_counter() - start:.1f} s")
     click.echo(f"metrics at http://{app.metrics_address}/metrics")
     told = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told.set)
+    reloading = asyncio.create_task(Reloader(app.parts.deployments, config, read).run(hung_up))
     death = asyncio.create_task(app.wait_for_death())
     signalled = asyncio.create_task(told.wait())
     await asyncio.wait({death, signalled}, return_when=asyncio.FIRST_COMPLETED)
     signalled.cancel()
     if death.done():
         await app.stop(0)
+        reloading.cancel()
         return death.result()
+    await stop(app, told)
+    reloading.cancel()
+    click.echo("stopped")
+    return None
+
+
+async def stop(app: "App", told: asyncio.Event) -> None:
+    """Lets requests in flight finish, unless a second signal comes."""
     click.echo("stopping: requests in flight finish first; a second signal ends at once")
     told.clear()
     stopping = asyncio.create_task(app.stop())
@@ -106,5 +129,3 @@ async def serve_until_told(config: "Config") -> BaseException | None:
     if not stopping.done():
         await app.stop(0)
     await stopping
-    click.echo("stopped")
-    return None

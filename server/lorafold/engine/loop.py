@@ -14,6 +14,7 @@ import torch
 
 from lorafold.engine.answers import Answers
 from lorafold.engine.deadlines import Deadlines
+from lorafold.engine.departures import Departures
 from lorafold.engine.drains import Drained, Drains, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
@@ -66,6 +67,7 @@ class Engine:
         self._deadlines = Deadlines()
         self._start_times = StartTimes()
         self._drains = Drains(scheduler, weights, self.now)
+        self._departures = Departures()
         self._stopping = False
         self._idle = True
         """True if no row can run before a command comes, or a deadline passes."""
@@ -126,6 +128,10 @@ class Engine:
         """Running and waiting rows, by adapter and policy."""
         return self.call(self._scheduler.queued)
 
+    def watch(self, adapter: str, tell: Callable[[int | None], object]) -> None:
+        """Tells, as `Departures.watch`, how an adapter that no deployment points at leaves the device."""
+        self._inbox.put(Command(lambda: self._departures.watch(adapter, tell), lambda _: tell(None)))
+
     @staticmethod
     def now() -> float:
         """The engine's clock, seconds."""
@@ -149,6 +155,7 @@ class Engine:
             self._inbox.close()
             self._drains.give_up(EngineStopped(GONE))
             self._fail_all(EngineStopped(GONE))
+            self._departures.close()
             self._on_death(cause)
 
     def _stop(self) -> None:
@@ -204,7 +211,10 @@ class Engine:
         if self._scheduler.empty:
             self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
+        held = self.weights.held
         self.weights.sweep(self._scheduler.adapters)
+        self._idle = self._idle and self.weights.held == held
+        self._departures.look(self._scheduler, self.weights.leaving)
 
     def _patience(self) -> float | None:
         """How long to wait for a command: not at all while rows run, and else until a deadline passes."""

@@ -209,6 +209,10 @@ class WeightsControl:
             log.info("adapter dropped", adapter=adapter)
             del self._wanted[adapter]
 
+    def leaving(self, adapter: str) -> bool:
+        """True while an adapter that no deployment points at is still on the device."""
+        return self._wanted.get(adapter, 1) <= 0
+
     def require(self, adapter: str) -> None:
         """Raises AdapterNotLoaded if the adapter was dropped."""
         if adapter not in self._manager.adapters:

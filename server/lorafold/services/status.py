@@ -27,7 +27,13 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.DeploymentNotFound, grpc.StatusCode.NOT_FOUND, "DEPLOYMENT_NOT_FOUND"),
     (server.DeploymentExists, grpc.StatusCode.ALREADY_EXISTS, "DEPLOYMENT_EXISTS"),
     (server.DeploymentBusy, grpc.StatusCode.ABORTED, "DEPLOYMENT_BUSY"),
+    (server.DeploymentUnservable, grpc.StatusCode.FAILED_PRECONDITION, "DEPLOYMENT_UNSERVABLE"),
     (server.EtagMismatch, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
+    (server.NothingToRollBack, grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_TO_ROLL_BACK"),
+    (server.AdapterChanged, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_CHANGED"),
+    (server.StateDiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STATE_DISK_FULL"),
+    # Not UNAVAILABLE: only an operator can change that, so that clients should not try again by themselves.
+    (server.StateNotSaved, grpc.StatusCode.FAILED_PRECONDITION, "STATE_NOT_SAVED"),
     (server.QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (server.KvFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "KV_FULL"),
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),

@@ -60,11 +60,11 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             refuse_unknown_fields(request)
             if request.deployment in ("", BASE):
                 raise InvalidField("deployment", "name a deployment with an adapter: the base has nothing to fold")
-            deployment = self._deployments.get(request.deployment)
-            if deployment.bound.fold_refusal is not None:
-                raise AdapterUnsupported(f"the adapter cannot be folded: {deployment.bound.fold_refusal}")
-            done = await self._obeyed(request, context, deployment.digest, hold=True)
-            fidelity = deployment.folding.fidelity
+            served = self._deployments.get(request.deployment).served
+            if served.bound.fold_refusal is not None:
+                raise AdapterUnsupported(f"the adapter cannot be folded: {served.bound.fold_refusal}")
+            done = await self._obeyed(request, context, served.bound.digest, hold=True)
+            fidelity = served.folding.fidelity
             return pb.MergeAdapterResponse(
                 fold_state=self._message(done.change.state),
                 fold_time=duration(done.change.seconds if done.change.weight_bytes else 0.0),

@@ -26,47 +26,61 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafold/v1/deployment.proto\x12\x0blorafold.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x04\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x02 \x01(\t\x12#\n\x06policy\x18\x03 \x01(\x0e\x32\x13.lorafold.v1.Policy\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_kind\x18\x05 \x01(\t\x12\x15\n\rbound_modules\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x64\x61pter_modules\x18\x07 \x01(\r\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\nbase_match\x18\x0b \x01(\x0e\x32\x16.lorafold.v1.BaseMatch\x12\'\n\x08\x66idelity\x18\x0c \x01(\x0b\x32\x15.lorafold.v1.Fidelity\x12\x14\n\x0c\x66old_refusal\x18\r \x01(\t\x12\x15\n\rroute_refusal\x18\x0e \x01(\t\x12-\n\x0b\x63omposition\x18\x10 \x01(\x0b\x32\x18.lorafold.v1.Composition\x12\x1b\n\x0eunmerged_error\x18\x11 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_unmerged_error\"\xc4\x01\n\x0b\x43omposition\x12.\n\x06method\x18\x01 \x01(\x0e\x32\x1e.lorafold.v1.CompositionMethod\x12+\n\x05parts\x18\x02 \x03(\x0b\x32\x1c.lorafold.v1.CompositionPart\x12\x14\n\x07\x64\x65nsity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x11\n\x04rank\x18\x05 \x01(\rH\x02\x88\x01\x01\x42\n\n\x08_densityB\x07\n\x05_seedB\x07\n\x05_rank\"G\n\x0f\x43ompositionPart\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"S\n\x08\x46idelity\x12\x19\n\x11\x64\x65lta_over_weight\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65lta_error\x18\x02 \x01(\x01\x12\x17\n\x0funchanged_share\x18\x03 \x01(\x01\"F\n\x17\x43reateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"G\n\x18\x43reateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15GetDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"`\n\x17ListDeploymentsResponse\x12,\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x17.lorafold.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"w\n\x17UpdateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"G\n\x18UpdateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"5\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse*\xfd\x01\n\x11\x43ompositionMethod\x12\"\n\x1e\x43OMPOSITION_METHOD_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43OMPOSITION_METHOD_LINEAR\x10\x01\x12\x1b\n\x17\x43OMPOSITION_METHOD_TIES\x10\x02\x12\"\n\x1e\x43OMPOSITION_METHOD_DARE_LINEAR\x10\x03\x12 \n\x1c\x43OMPOSITION_METHOD_DARE_TIES\x10\x04\x12&\n\"COMPOSITION_METHOD_MAGNITUDE_PRUNE\x10\x05\x12\x1a\n\x16\x43OMPOSITION_METHOD_SVD\x10\x06*r\n\tBaseMatch\x12\x1a\n\x16\x42\x41SE_MATCH_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42\x41SE_MATCH_SAME\x10\x01\x12\x1a\n\x16\x42\x41SE_MATCH_OTHER_DTYPE\x10\x02\x12\x18\n\x14\x42\x41SE_MATCH_UNSTAMPED\x10\x03*Y\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x11\n\rPOLICY_MERGED\x10\x01\x12\x13\n\x0fPOLICY_UNMERGED\x10\x02\x12\x0f\n\x0bPOLICY_AUTO\x10\x03\x32\xec\x03\n\x11\x44\x65ploymentService\x12_\n\x10\x43reateDeployment\x12$.lorafold.v1.CreateDeploymentRequest\x1a%.lorafold.v1.CreateDeploymentResponse\x12V\n\rGetDeployment\x12!.lorafold.v1.GetDeploymentRequest\x1a\".lorafold.v1.GetDeploymentResponse\x12\\\n\x0fListDeployments\x12#.lorafold.v1.ListDeploymentsRequest\x1a$.lorafold.v1.ListDeploymentsResponse\x12_\n\x10UpdateDeployment\x12$.lorafold.v1.UpdateDeploymentRequest\x1a%.lorafold.v1.UpdateDeploymentResponse\x12_\n\x10\x44\x65leteDeployment\x12$.lorafold.v1.DeleteDeploymentRequest\x1a%.lorafold.v1.DeleteDeploymentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorafold/v1/deployment.proto\x12\x0blorafold.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x04\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x02 \x01(\t\x12#\n\x06policy\x18\x03 \x01(\x0e\x32\x13.lorafold.v1.Policy\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_kind\x18\x05 \x01(\t\x12\x15\n\rbound_modules\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x64\x61pter_modules\x18\x07 \x01(\r\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\nbase_match\x18\x0b \x01(\x0e\x32\x16.lorafold.v1.BaseMatch\x12\'\n\x08\x66idelity\x18\x0c \x01(\x0b\x32\x15.lorafold.v1.Fidelity\x12\x14\n\x0c\x66old_refusal\x18\r \x01(\t\x12\x15\n\rroute_refusal\x18\x0e \x01(\t\x12-\n\x0b\x63omposition\x18\x10 \x01(\x0b\x32\x18.lorafold.v1.Composition\x12\x1b\n\x0eunmerged_error\x18\x11 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nnot_served\x18\x12 \x01(\t\x12.\n\x08previous\x18\x13 \x01(\x0b\x32\x1c.lorafold.v1.PreviousVersionB\x11\n\x0f_unmerged_error\"\x93\x01\n\x0fPreviousVersion\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x01 \x01(\t\x12-\n\x0b\x63omposition\x18\x02 \x01(\x0b\x32\x18.lorafold.v1.Composition\x12#\n\x06policy\x18\x03 \x01(\x0e\x32\x13.lorafold.v1.Policy\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"\xc4\x01\n\x0b\x43omposition\x12.\n\x06method\x18\x01 \x01(\x0e\x32\x1e.lorafold.v1.CompositionMethod\x12+\n\x05parts\x18\x02 \x03(\x0b\x32\x1c.lorafold.v1.CompositionPart\x12\x14\n\x07\x64\x65nsity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x11\n\x04rank\x18\x05 \x01(\rH\x02\x88\x01\x01\x42\n\n\x08_densityB\x07\n\x05_seedB\x07\n\x05_rank\"G\n\x0f\x43ompositionPart\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"S\n\x08\x46idelity\x12\x19\n\x11\x64\x65lta_over_weight\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65lta_error\x18\x02 \x01(\x01\x12\x17\n\x0funchanged_share\x18\x03 \x01(\x01\"F\n\x17\x43reateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"G\n\x18\x43reateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15GetDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"`\n\x17ListDeploymentsResponse\x12,\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x17.lorafold.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"w\n\x17UpdateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"G\n\x18UpdateDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"}\n\x1dStreamUpdateDeploymentRequest\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x89\x01\n\x1eStreamUpdateDeploymentResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1b.lorafold.v1.UpdateProgressH\x00\x12-\n\ndeployment\x18\x02 \x01(\x0b\x32\x17.lorafold.v1.DeploymentH\x00\x42\x07\n\x05\x65vent\"\x7f\n\x0eUpdateProgress\x12\'\n\x05stage\x18\x01 \x01(\x0e\x32\x18.lorafold.v1.UpdateStage\x12\x17\n\x0fparameters_done\x18\x02 \x01(\r\x12\x18\n\x10parameters_total\x18\x03 \x01(\r\x12\x11\n\tin_flight\x18\x04 \x01(\r\"7\n\x19RollbackDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"I\n\x1aRollbackDeploymentResponse\x12+\n\ndeployment\x18\x01 \x01(\x0b\x32\x17.lorafold.v1.Deployment\"5\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse*\xfd\x01\n\x11\x43ompositionMethod\x12\"\n\x1e\x43OMPOSITION_METHOD_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43OMPOSITION_METHOD_LINEAR\x10\x01\x12\x1b\n\x17\x43OMPOSITION_METHOD_TIES\x10\x02\x12\"\n\x1e\x43OMPOSITION_METHOD_DARE_LINEAR\x10\x03\x12 \n\x1c\x43OMPOSITION_METHOD_DARE_TIES\x10\x04\x12&\n\"COMPOSITION_METHOD_MAGNITUDE_PRUNE\x10\x05\x12\x1a\n\x16\x43OMPOSITION_METHOD_SVD\x10\x06*r\n\tBaseMatch\x12\x1a\n\x16\x42\x41SE_MATCH_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42\x41SE_MATCH_SAME\x10\x01\x12\x1a\n\x16\x42\x41SE_MATCH_OTHER_DTYPE\x10\x02\x12\x18\n\x14\x42\x41SE_MATCH_UNSTAMPED\x10\x03*Y\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x11\n\rPOLICY_MERGED\x10\x01\x12\x13\n\x0fPOLICY_UNMERGED\x10\x02\x12\x0f\n\x0bPOLICY_AUTO\x10\x03*\xdc\x01\n\x0bUpdateStage\x12\x1c\n\x18UPDATE_STAGE_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_STAGE_READ\x10\x01\x12\x16\n\x12UPDATE_STAGE_BOUND\x10\x02\x12\x19\n\x15UPDATE_STAGE_MEASURED\x10\x03\x12\x17\n\x13UPDATE_STAGE_STAGED\x10\x04\x12\x16\n\x12UPDATE_STAGE_SAVED\x10\x05\x12\x19\n\x15UPDATE_STAGE_SWITCHED\x10\x06\x12\x19\n\x15UPDATE_STAGE_DRAINING\x10\x07\x32\xc8\x05\n\x11\x44\x65ploymentService\x12_\n\x10\x43reateDeployment\x12$.lorafold.v1.CreateDeploymentRequest\x1a%.lorafold.v1.CreateDeploymentResponse\x12V\n\rGetDeployment\x12!.lorafold.v1.GetDeploymentRequest\x1a\".lorafold.v1.GetDeploymentResponse\x12\\\n\x0fListDeployments\x12#.lorafold.v1.ListDeploymentsRequest\x1a$.lorafold.v1.ListDeploymentsResponse\x12_\n\x10UpdateDeployment\x12$.lorafold.v1.UpdateDeploymentRequest\x1a%.lorafold.v1.UpdateDeploymentResponse\x12s\n\x16StreamUpdateDeployment\x12*.lorafold.v1.StreamUpdateDeploymentRequest\x1a+.lorafold.v1.StreamUpdateDeploymentResponse0\x01\x12\x65\n\x12RollbackDeployment\x12&.lorafold.v1.RollbackDeploymentRequest\x1a\'.lorafold.v1.RollbackDeploymentResponse\x12_\n\x10\x44\x65leteDeployment\x12$.lorafold.v1.DeleteDeploymentRequest\x1a%.lorafold.v1.DeleteDeploymentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorafold.v1.deployment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPOSITIONMETHOD']._serialized_start=1682
-  _globals['_COMPOSITIONMETHOD']._serialized_end=1935
-  _globals['_BASEMATCH']._serialized_start=1937
-  _globals['_BASEMATCH']._serialized_end=2051
-  _globals['_POLICY']._serialized_start=2053
-  _globals['_POLICY']._serialized_end=2142
+  _globals['_COMPOSITIONMETHOD']._serialized_start=2428
+  _globals['_COMPOSITIONMETHOD']._serialized_end=2681
+  _globals['_BASEMATCH']._serialized_start=2683
+  _globals['_BASEMATCH']._serialized_end=2797
+  _globals['_POLICY']._serialized_start=2799
+  _globals['_POLICY']._serialized_end=2888
+  _globals['_UPDATESTAGE']._serialized_start=2891
+  _globals['_UPDATESTAGE']._serialized_end=3111
   _globals['_DEPLOYMENT']._serialized_start=113
-  _globals['_DEPLOYMENT']._serialized_end=629
-  _globals['_COMPOSITION']._serialized_start=632
-  _globals['_COMPOSITION']._serialized_end=828
-  _globals['_COMPOSITIONPART']._serialized_start=830
-  _globals['_COMPOSITIONPART']._serialized_end=901
-  _globals['_FIDELITY']._serialized_start=903
-  _globals['_FIDELITY']._serialized_end=986
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=988
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=1058
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=1060
-  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=1131
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=1133
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=1169
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=1171
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=1239
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=1241
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=1304
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=1306
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1402
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=1404
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=1523
-  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_start=1525
-  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_end=1596
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=1598
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=1651
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=1653
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=1679
-  _globals['_DEPLOYMENTSERVICE']._serialized_start=2145
-  _globals['_DEPLOYMENTSERVICE']._serialized_end=2637
+  _globals['_DEPLOYMENT']._serialized_end=697
+  _globals['_PREVIOUSVERSION']._serialized_start=700
+  _globals['_PREVIOUSVERSION']._serialized_end=847
+  _globals['_COMPOSITION']._serialized_start=850
+  _globals['_COMPOSITION']._serialized_end=1046
+  _globals['_COMPOSITIONPART']._serialized_start=1048
+  _globals['_COMPOSITIONPART']._serialized_end=1119
+  _globals['_FIDELITY']._serialized_start=1121
+  _globals['_FIDELITY']._serialized_end=1204
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=1206
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=1276
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_start=1278
+  _globals['_CREATEDEPLOYMENTRESPONSE']._serialized_end=1349
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=1351
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=1387
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=1389
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=1457
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=1459
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=1522
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=1524
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1620
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=1622
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=1741
+  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_start=1743
+  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_end=1814
+  _globals['_STREAMUPDATEDEPLOYMENTREQUEST']._serialized_start=1816
+  _globals['_STREAMUPDATEDEPLOYMENTREQUEST']._serialized_end=1941
+  _globals['_STREAMUPDATEDEPLOYMENTRESPONSE']._serialized_start=1944
+  _globals['_STREAMUPDATEDEPLOYMENTRESPONSE']._serialized_end=2081
+  _globals['_UPDATEPROGRESS']._serialized_start=2083
+  _globals['_UPDATEPROGRESS']._serialized_end=2210
+  _globals['_ROLLBACKDEPLOYMENTREQUEST']._serialized_start=2212
+  _globals['_ROLLBACKDEPLOYMENTREQUEST']._serialized_end=2267
+  _globals['_ROLLBACKDEPLOYMENTRESPONSE']._serialized_start=2269
+  _globals['_ROLLBACKDEPLOYMENTRESPONSE']._serialized_end=2342
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=2344
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=2397
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=2399
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=2425
+  _globals['_DEPLOYMENTSERVICE']._serialized_start=3114
+  _globals['_DEPLOYMENTSERVICE']._serialized_end=3826
 # @@protoc_insertion_point(module_scope)

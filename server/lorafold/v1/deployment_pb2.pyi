@@ -34,6 +34,17 @@ class Policy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_MERGED: _ClassVar[Policy]
     POLICY_UNMERGED: _ClassVar[Policy]
     POLICY_AUTO: _ClassVar[Policy]
+
+class UpdateStage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UPDATE_STAGE_UNSPECIFIED: _ClassVar[UpdateStage]
+    UPDATE_STAGE_READ: _ClassVar[UpdateStage]
+    UPDATE_STAGE_BOUND: _ClassVar[UpdateStage]
+    UPDATE_STAGE_MEASURED: _ClassVar[UpdateStage]
+    UPDATE_STAGE_STAGED: _ClassVar[UpdateStage]
+    UPDATE_STAGE_SAVED: _ClassVar[UpdateStage]
+    UPDATE_STAGE_SWITCHED: _ClassVar[UpdateStage]
+    UPDATE_STAGE_DRAINING: _ClassVar[UpdateStage]
 COMPOSITION_METHOD_UNSPECIFIED: CompositionMethod
 COMPOSITION_METHOD_LINEAR: CompositionMethod
 COMPOSITION_METHOD_TIES: CompositionMethod
@@ -49,9 +60,17 @@ POLICY_UNSPECIFIED: Policy
 POLICY_MERGED: Policy
 POLICY_UNMERGED: Policy
 POLICY_AUTO: Policy
+UPDATE_STAGE_UNSPECIFIED: UpdateStage
+UPDATE_STAGE_READ: UpdateStage
+UPDATE_STAGE_BOUND: UpdateStage
+UPDATE_STAGE_MEASURED: UpdateStage
+UPDATE_STAGE_STAGED: UpdateStage
+UPDATE_STAGE_SAVED: UpdateStage
+UPDATE_STAGE_SWITCHED: UpdateStage
+UPDATE_STAGE_DRAINING: UpdateStage
 
 class Deployment(_message.Message):
-    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal", "composition", "unmerged_error")
+    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal", "composition", "unmerged_error", "not_served", "previous")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +87,8 @@ class Deployment(_message.Message):
     ROUTE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     COMPOSITION_FIELD_NUMBER: _ClassVar[int]
     UNMERGED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    NOT_SERVED_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     name: str
     adapter_path: str
     policy: Policy
@@ -84,7 +105,21 @@ class Deployment(_message.Message):
     route_refusal: str
     composition: Composition
     unmerged_error: float
-    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ..., composition: _Optional[_Union[Composition, _Mapping]] = ..., unmerged_error: _Optional[float] = ...) -> None: ...
+    not_served: str
+    previous: PreviousVersion
+    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ..., composition: _Optional[_Union[Composition, _Mapping]] = ..., unmerged_error: _Optional[float] = ..., not_served: _Optional[str] = ..., previous: _Optional[_Union[PreviousVersion, _Mapping]] = ...) -> None: ...
+
+class PreviousVersion(_message.Message):
+    __slots__ = ("adapter_path", "composition", "policy", "adapter_digest")
+    ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
+    COMPOSITION_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    adapter_path: str
+    composition: Composition
+    policy: Policy
+    adapter_digest: str
+    def __init__(self, adapter_path: _Optional[str] = ..., composition: _Optional[_Union[Composition, _Mapping]] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
 
 class Composition(_message.Message):
     __slots__ = ("method", "parts", "density", "seed", "rank")
@@ -167,6 +202,48 @@ class UpdateDeploymentRequest(_message.Message):
     def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
 
 class UpdateDeploymentResponse(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class StreamUpdateDeploymentRequest(_message.Message):
+    __slots__ = ("deployment", "update_mask")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    update_mask: _field_mask_pb2.FieldMask
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
+
+class StreamUpdateDeploymentResponse(_message.Message):
+    __slots__ = ("progress", "deployment")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    progress: UpdateProgress
+    deployment: Deployment
+    def __init__(self, progress: _Optional[_Union[UpdateProgress, _Mapping]] = ..., deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class UpdateProgress(_message.Message):
+    __slots__ = ("stage", "parameters_done", "parameters_total", "in_flight")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_DONE_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    stage: UpdateStage
+    parameters_done: int
+    parameters_total: int
+    in_flight: int
+    def __init__(self, stage: _Optional[_Union[UpdateStage, str]] = ..., parameters_done: _Optional[int] = ..., parameters_total: _Optional[int] = ..., in_flight: _Optional[int] = ...) -> None: ...
+
+class RollbackDeploymentRequest(_message.Message):
+    __slots__ = ("name", "etag")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
+
+class RollbackDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     deployment: Deployment

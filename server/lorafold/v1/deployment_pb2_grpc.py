@@ -55,6 +55,16 @@ class DeploymentServiceStub:
                 request_serializer=lorafold_dot_v1_dot_deployment__pb2.UpdateDeploymentRequest.SerializeToString,
                 response_deserializer=lorafold_dot_v1_dot_deployment__pb2.UpdateDeploymentResponse.FromString,
                 _registered_method=True)
+        self.StreamUpdateDeployment = channel.unary_stream(
+                '/lorafold.v1.DeploymentService/StreamUpdateDeployment',
+                request_serializer=lorafold_dot_v1_dot_deployment__pb2.StreamUpdateDeploymentRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_deployment__pb2.StreamUpdateDeploymentResponse.FromString,
+                _registered_method=True)
+        self.RollbackDeployment = channel.unary_unary(
+                '/lorafold.v1.DeploymentService/RollbackDeployment',
+                request_serializer=lorafold_dot_v1_dot_deployment__pb2.RollbackDeploymentRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_deployment__pb2.RollbackDeploymentResponse.FromString,
+                _registered_method=True)
         self.DeleteDeployment = channel.unary_unary(
                 '/lorafold.v1.DeploymentService/DeleteDeployment',
                 request_serializer=lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentRequest.SerializeToString,
@@ -93,8 +103,24 @@ class DeploymentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamUpdateDeployment(self, request, context):
+        """The same, telling how far it is; ends when the adapter of before has left the device, or at once if another
+        deployment points at it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackDeployment(self, request, context):
+        """Back to the adapter and the policy before the last update, which then is the one to go back to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteDeployment(self, request, context):
-        """Removes the name. Requests in flight finish.
+        """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
+        deployment points at it. If the caller's deadline passes before that, the deletion goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +148,16 @@ def add_DeploymentServiceServicer_to_server(servicer, server):
                     servicer.UpdateDeployment,
                     request_deserializer=lorafold_dot_v1_dot_deployment__pb2.UpdateDeploymentRequest.FromString,
                     response_serializer=lorafold_dot_v1_dot_deployment__pb2.UpdateDeploymentResponse.SerializeToString,
+            ),
+            'StreamUpdateDeployment': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamUpdateDeployment,
+                    request_deserializer=lorafold_dot_v1_dot_deployment__pb2.StreamUpdateDeploymentRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_deployment__pb2.StreamUpdateDeploymentResponse.SerializeToString,
+            ),
+            'RollbackDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackDeployment,
+                    request_deserializer=lorafold_dot_v1_dot_deployment__pb2.RollbackDeploymentRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_deployment__pb2.RollbackDeploymentResponse.SerializeToString,
             ),
             'DeleteDeployment': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDeployment,
@@ -238,6 +274,60 @@ class DeploymentService:
             '/lorafold.v1.DeploymentService/UpdateDeployment',
             lorafold_dot_v1_dot_deployment__pb2.UpdateDeploymentRequest.SerializeToString,
             lorafold_dot_v1_dot_deployment__pb2.UpdateDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamUpdateDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorafold.v1.DeploymentService/StreamUpdateDeployment',
+            lorafold_dot_v1_dot_deployment__pb2.StreamUpdateDeploymentRequest.SerializeToString,
+            lorafold_dot_v1_dot_deployment__pb2.StreamUpdateDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafold.v1.DeploymentService/RollbackDeployment',
+            lorafold_dot_v1_dot_deployment__pb2.RollbackDeploymentRequest.SerializeToString,
+            lorafold_dot_v1_dot_deployment__pb2.RollbackDeploymentResponse.FromString,
             options,
             channel_credentials,
             insecure,

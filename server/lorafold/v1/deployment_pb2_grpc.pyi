@@ -41,8 +41,16 @@ class DeploymentServiceStub:
     """Points the deployment at another adapter or changes its policy. Requests in flight finish on what they started
     with; if anything is wrong with the new adapter, nothing changes.
     """
+    StreamUpdateDeployment: _grpc.UnaryStreamMultiCallable[_deployment_pb2.StreamUpdateDeploymentRequest, _deployment_pb2.StreamUpdateDeploymentResponse]
+    """The same, telling how far it is; ends when the adapter of before has left the device, or at once if another
+    deployment points at it.
+    """
+    RollbackDeployment: _grpc.UnaryUnaryMultiCallable[_deployment_pb2.RollbackDeploymentRequest, _deployment_pb2.RollbackDeploymentResponse]
+    """Back to the adapter and the policy before the last update, which then is the one to go back to."""
     DeleteDeployment: _grpc.UnaryUnaryMultiCallable[_deployment_pb2.DeleteDeploymentRequest, _deployment_pb2.DeleteDeploymentResponse]
-    """Removes the name. Requests in flight finish."""
+    """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
+    deployment points at it. If the caller's deadline passes before that, the deletion goes on.
+    """
 
 @_typing.type_check_only
 class DeploymentServiceAsyncStub(DeploymentServiceStub):
@@ -57,8 +65,16 @@ class DeploymentServiceAsyncStub(DeploymentServiceStub):
     """Points the deployment at another adapter or changes its policy. Requests in flight finish on what they started
     with; if anything is wrong with the new adapter, nothing changes.
     """
+    StreamUpdateDeployment: _aio.UnaryStreamMultiCallable[_deployment_pb2.StreamUpdateDeploymentRequest, _deployment_pb2.StreamUpdateDeploymentResponse]  # type: ignore[assignment]
+    """The same, telling how far it is; ends when the adapter of before has left the device, or at once if another
+    deployment points at it.
+    """
+    RollbackDeployment: _aio.UnaryUnaryMultiCallable[_deployment_pb2.RollbackDeploymentRequest, _deployment_pb2.RollbackDeploymentResponse]  # type: ignore[assignment]
+    """Back to the adapter and the policy before the last update, which then is the one to go back to."""
     DeleteDeployment: _aio.UnaryUnaryMultiCallable[_deployment_pb2.DeleteDeploymentRequest, _deployment_pb2.DeleteDeploymentResponse]  # type: ignore[assignment]
-    """Removes the name. Requests in flight finish."""
+    """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
+    deployment points at it. If the caller's deadline passes before that, the deletion goes on.
+    """
 
 class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Creates, changes and removes deployments while the server runs."""
@@ -96,11 +112,31 @@ class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def StreamUpdateDeployment(
+        self,
+        request: _deployment_pb2.StreamUpdateDeploymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_deployment_pb2.StreamUpdateDeploymentResponse], _abc.AsyncIterator[_deployment_pb2.StreamUpdateDeploymentResponse]]:
+        """The same, telling how far it is; ends when the adapter of before has left the device, or at once if another
+        deployment points at it.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackDeployment(
+        self,
+        request: _deployment_pb2.RollbackDeploymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployment_pb2.RollbackDeploymentResponse, _abc.Awaitable[_deployment_pb2.RollbackDeploymentResponse]]:
+        """Back to the adapter and the policy before the last update, which then is the one to go back to."""
+
+    @_abc_1.abstractmethod
     def DeleteDeployment(
         self,
         request: _deployment_pb2.DeleteDeploymentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_deployment_pb2.DeleteDeploymentResponse, _abc.Awaitable[_deployment_pb2.DeleteDeploymentResponse]]:
-        """Removes the name. Requests in flight finish."""
+        """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
+        deployment points at it. If the caller's deadline passes before that, the deletion goes on.
+        """
 
 def add_DeploymentServiceServicer_to_server(servicer: DeploymentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
