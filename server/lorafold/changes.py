@@ -24,12 +24,24 @@ class Change:
 
     source: Source | None = None
     policy: PolicyKind | None = None
+    priority: int | None = None
+    max_concurrency: int | None = None
+    """0: as many as there is room for."""
+
+    @property
+    def empty(self) -> bool:
+        """True if it changes nothing."""
+        return self == Change()
 
     def applied(self, wanted: DeploymentConfig) -> DeploymentConfig:
         """The settings after it."""
         if self.source is not None:
             wanted = wanted.with_source(self.source)
-        return wanted if self.policy is None else wanted.model_copy(update={"policy": self.policy})
+        new: dict[str, object] = {"policy": self.policy, "priority": self.priority}
+        new = {key: value for key, value in new.items() if value is not None}
+        if self.max_concurrency is not None:
+            new["max_concurrency"] = self.max_concurrency or None
+        return wanted.model_copy(update=new)
 
 
 class Changes:

@@ -171,6 +171,10 @@ class DeploymentConfig(Section):
     """A PEFT adapter folder, relative to the file. Either this or `compose`."""
     compose: ComposeConfig | None = None
     policy: Annotated[PolicyKind, Field(strict=False)] = PolicyKind.AUTO
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    """Requests of deployments with a higher one start first."""
+    max_concurrency: Annotated[int, Field(gt=0, lt=2**32)] | None = None
+    """Completions that run at once; as many as there is room for unless given."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

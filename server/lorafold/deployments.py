@@ -67,6 +67,8 @@ class Target:
 
     adapter: str | None
     policy: PolicyKind
+    priority: int = 0
+    max_concurrency: int | None = None
 
 
 class Deployments:
@@ -92,7 +94,9 @@ class Deployments:
         if name in ("", BASE):
             return Target(None, PolicyKind.UNMERGED)
         deployment = self.get(name)
-        return Target(deployment.digest, deployment.served.path(deployment.wanted.policy))
+        wanted = deployment.wanted
+        path = deployment.served.path(wanted.policy)
+        return Target(deployment.digest, path, priority=wanted.priority, max_concurrency=wanted.max_concurrency)
 
     def has(self, name: str) -> bool:
         """True if there is a deployment of that name, beside the base's."""

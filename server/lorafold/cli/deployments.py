@@ -1,6 +1,7 @@
 """`lorafold deployments`: the names that clients call, on a running server."""
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 
 POLICIES = click.Choice(["merged", "unmerged", "auto"])
 etag_option = click.option("--etag", default="", help="Only if the deployment still has this etag.")
+
+
+def number_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Who comes first, and how many at once."""
+    priority = click.option("--priority", type=int, help="Requests of deployments with a higher one start first.")
+    limit = click.option(
+        "--max-concurrency", type=click.IntRange(min=0), help="Completions that run at once; 0: no limit of its own."
+    )
+    return priority(limit(command))
 
 
 @click.group()
@@ -63,13 +73,22 @@ def get(name: str, as_json: bool, address: str) -> None:
 @click.argument("name")
 @source_options
 @click.option("--policy", type=POLICIES, default="auto", show_default=True)
+@number_options
 @json_option
 @address_option
-def create(name: str, policy: str, as_json: bool, address: str, **source: Any) -> None:
+def create(
+    name: str,
+    policy: str,
+    priority: int | None,
+    max_concurrency: int | None,
+    as_json: bool,
+    address: str,
+    **source: Any,
+) -> None:
     """Make NAME callable."""
     from lorafold.v1 import deployment_pb2 as pb
 
-    wanted = pb.Deployment(name=name, policy=policy_value(policy))
+    wanted = pb.Deployment(name=name, policy=policy_value(policy), priority=priority, max_concurrency=max_concurrency)
     if not set_source(wanted, source):
         raise click.UsageError("nothing to serve: give --adapter or --compose")
     with connected(address) as client:
@@ -81,18 +100,31 @@ def create(name: str, policy: str, as_json: bool, address: str, **source: Any) -
 @click.argument("name")
 @source_options
 @click.option("--policy", type=POLICIES, help="Change the policy.")
+@number_options
 @etag_option
 @click.option("--wait", is_flag=True, help="Show how far it is, and wait until the adapter of before is gone.")
 @json_option
 @address_option
-def update(name: str, policy: str | None, etag: str, wait: bool, as_json: bool, address: str, **source: Any) -> None:
-    """Point NAME at another adapter, or change its policy; requests in flight finish on what they started with."""
+def update(
+    name: str,
+    policy: str | None,
+    priority: int | None,
+    max_concurrency: int | None,
+    etag: str,
+    wait: bool,
+    as_json: bool,
+    address: str,
+    **source: Any,
+) -> None:
+    """Point NAME at another adapter, or change its settings; requests in flight finish on what they started with."""
     from lorafold.cli.updates import followed
     from lorafold.v1 import deployment_pb2 as pb
 
-    wanted = pb.Deployment(name=name, etag=etag)
-    if not set_source(wanted, source) and policy is None:
-        raise click.UsageError("nothing to change: give --adapter, --compose or --policy")
+    wanted = pb.Deployment(name=name, etag=etag, priority=priority, max_concurrency=max_concurrency)
+    if not set_source(wanted, source) and (policy, priority, max_concurrency) == (None, None, None):
+        raise click.UsageError(
+            "nothing to change: give --adapter, --compose, --policy, --priority or --max-concurrency"
+        )
     if policy is not None:
         wanted.policy = policy_value(policy)
     with connected(address) as client:
@@ -143,6 +175,8 @@ def as_dict(item: "Deployment") -> dict[str, object]:
     return {
         "name": item.name,
         "policy": Policy.Name(item.policy).removeprefix("POLICY_").lower(),
+        "priority": item.priority,
+        "max_concurrency": item.max_concurrency or None,
         "adapter": in_words(item),
         "adapter_digest": item.adapter_digest,
         "kind": item.adapter_kind,

@@ -40,14 +40,17 @@ STAGES = {
     Stage.SWITCHED: pb.UPDATE_STAGE_SWITCHED,
     Stage.DRAINING: pb.UPDATE_STAGE_DRAINING,
 }
-MASK = ("adapter_path", "composition", "policy")
+NUMBERS = ("priority", "max_concurrency")
+MASK = ("adapter_path", "composition", "policy", *NUMBERS)
 
 
 def wanted_of(message: pb.Deployment) -> DeploymentConfig:
     """The settings of a deployment that is to be made. Raises InvalidField."""
     policy, source = policy_of(message.policy) or PolicyKind.AUTO, source_of(message)
     check_name(message.name)
-    return DeploymentConfig(name=message.name, adapter="", policy=policy).with_source(source)
+    wanted = DeploymentConfig(name=message.name, adapter="", policy=policy).with_source(source)
+    numbers = numbers_of(message)
+    return Change(priority=numbers.get("priority"), max_concurrency=numbers.get("max_concurrency")).applied(wanted)
 
 
 def change_of(request: pb.UpdateDeploymentRequest | pb.StreamUpdateDeploymentRequest) -> Change:
@@ -62,9 +65,23 @@ def change_of(request: pb.UpdateDeploymentRequest | pb.StreamUpdateDeploymentReq
     source = new_source(wanted, mask)
     if "policy" in mask and policy is None:
         raise InvalidField("deployment.policy", "is in the update mask but not set: set it")
-    if source is None and policy is None:
-        raise InvalidField("deployment", "changes nothing: set adapter_path, composition or policy")
-    return Change(source=source, policy=policy)
+    numbers = {name: value for name, value in numbers_of(wanted).items() if not mask or name in mask}
+    if missing := [name for name in NUMBERS if name in mask and name not in numbers]:
+        raise InvalidField(f"deployment.{missing[0]}", "is in the update mask but not set: set it")
+    change = Change(
+        source=source,
+        policy=policy,
+        priority=numbers.get("priority"),
+        max_concurrency=numbers.get("max_concurrency"),
+    )
+    if change.empty:
+        raise InvalidField("deployment", f"changes nothing: set one of {', '.join(MASK)}")
+    return change
+
+
+def numbers_of(message: pb.Deployment) -> dict[str, int]:
+    """The numbers that are set."""
+    return {name: getattr(message, name) for name in NUMBERS if message.HasField(name)}
 
 
 def policy_of(value: int) -> PolicyKind | None:
@@ -104,6 +121,8 @@ def message_of(deployment: Deployment) -> pb.Deployment:
         adapter_path=path_of(source),
         composition=composition_of(source),
         policy=POLICIES[deployment.wanted.policy],
+        priority=deployment.wanted.priority,
+        max_concurrency=deployment.wanted.max_concurrency,
         adapter_digest=deployment.digest,
         etag=record.etag,
         create_time=created,

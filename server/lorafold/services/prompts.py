@@ -41,6 +41,8 @@ class RequestBuilder:
             deployment=spec.deployment or "base",
             adapter=target.adapter,
             policy=target.policy,
+            priority=target.priority,
+            max_concurrency=target.max_concurrency,
             prompt=tuple(prompt),
             max_tokens=self._max_tokens(spec, len(prompt)),
             n=completions(spec),
