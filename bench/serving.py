@@ -40,7 +40,7 @@ def server_config(folder: Path, device: torch.device, work: Work) -> Config:
     """A server for exactly this work on the model in `folder`."""
     content = {
         "base": {"model": str(folder), "device": str(device)},
-        "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"},
+        "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0", "state_file": ""},
         "engine": {
             "max_batch": work.rows,
             "max_context": work.context,

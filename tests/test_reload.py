@@ -30,12 +30,12 @@ def text_of(*deployments: tuple[str, Path], base: Path = DEMO / "base", more: st
     return text
 
 
-def hang_up(serve: Serve) -> dict[str, Any]:
-    """Has the server read its file again; what it logs at the end of that."""
+def hang_up(serve: Serve, words: str) -> dict[str, Any]:
+    """Has the server read its file again; the first line with these words that it logs."""
     serve.process.send_signal(signal.SIGHUP)
     assert serve.process.stderr is not None
     lines = (json.loads(line) for line in serve.process.stderr if line.startswith("{"))
-    return next(line for line in lines if line["event"].startswith("configuration "))
+    return next(line for line in lines if words in line["event"])
 
 
 # What is wrong with a file that also has a good change, and words of the reason.
@@ -57,16 +57,14 @@ def test_a_hang_up_takes_a_good_file_over_and_leaves_a_bad_one(tmp_path: Path) -
         before = listed(client)
         for text, words in BAD.values():
             file.write_text(text)
-            said = hang_up(serve)
+            said = hang_up(serve, "configuration ")
             assert said["level"] == "error"
             assert words in said["reason"]
             assert listed(client) == before
         file.write_text(
             text_of(("it", SHIFT), ("new", UPPER), more='[log]\nlevel = "warning"\n[engine]\nmax_batch = 3\n')
         )
-        serve.process.send_signal(signal.SIGHUP)
-        assert serve.process.stderr is not None
-        said = next(line for line in map(json.loads, serve.process.stderr) if "needs a restart" in line["event"])
+        said = hang_up(serve, "needs a restart")
         assert said["section"] == "engine"
         assert set(listed(client)) == {"it", "new", "made"}
         assert client.generate("abc", deployment="it").text == "bcd"

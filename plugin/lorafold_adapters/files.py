@@ -1,5 +1,6 @@
 """Writes small files so that a reader sees the old one or the new one, whole, even after a power failure."""
 
+import glob
 import os
 import uuid
 from pathlib import Path
@@ -34,5 +35,5 @@ def sync_folder(folder: Path) -> None:
 
 def remove_unfinished(file: Path) -> None:
     """Removes what writers of `file` left that were killed; only while nobody writes it. Raises OSError."""
-    for beside in file.parent.glob(f".{file.name}.{'[0-9a-f]' * 32}"):
+    for beside in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 32}"):
         beside.unlink(missing_ok=True)

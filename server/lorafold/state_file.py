@@ -46,7 +46,8 @@ class StateFile:
     async def write(self, state: State) -> None:
         """Returns when `state` is on the disk.
 
-        Raises StateNotSaved, or EngineStopped once it is closed; the file then holds what it held.
+        Raises StateNotSaved, or EngineStopped once it is closed; the file then holds what it held (but for what
+        `write_whole` says of its folder: the next write puts that right).
         """
         if self._closed:
             raise EngineStopped(GONE)
