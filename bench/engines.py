@@ -46,12 +46,14 @@ def engine_of(
     context: int,
     prefill_tokens: int,
     compiled: bool = False,
+    waiting: int | None = None,
+    metrics: Metrics | None = None,
 ) -> tuple[Engine, AdapterManager]:
-    """An engine on `model`, not started: `slots` sequences of `context` tokens."""
+    """An engine on `model`, not started: `slots` sequences of `context` tokens, and as many or `waiting` that wait."""
     use_our_attention(model)
     choose_linear(model)
     manager = AdapterManager(model, max_delta_error=float("inf"))
-    metrics, costs = Metrics(CollectorRegistry()), Costs()
+    metrics, costs = metrics or Metrics(CollectorRegistry()), Costs()
     policy = make_policy(PolicyConfig(), costs)
     pool = PagePool(pages=1 + slots * -(-context // PAGE_TOKENS), size=PAGE_TOKENS)
     runner = Runner(model, manager, PagedCache(pages=pool.pages, size=pool.size))
@@ -61,7 +63,7 @@ def engine_of(
     engine = Engine(
         runner=runner,
         weights=WeightsControl(manager, policy, costs, metrics, no_second_base),
-        scheduler=Scheduler(pool=pool, max_batch=slots, max_waiting=slots, prefill_tokens=prefill_tokens),
+        scheduler=Scheduler(pool=pool, max_batch=slots, max_waiting=waiting or slots, prefill_tokens=prefill_tokens),
         vocabulary=Vocabulary(
             decode=remembering(lambda ids: str(tokenizer.decode(list(ids)))), end_of_sequence=frozenset()
         ),
@@ -141,10 +143,10 @@ def answer(engine: Engine, work: Work, digests: Sequence[str], policy: PolicyKin
 
 
 def request(engine: Engine, prompt: tuple[int, ...], adapter: str | None, policy: PolicyKind, answer: int) -> Request:
-    """A greedy request that arrives now."""
+    """A greedy request that arrives now, of the deployment of its adapter."""
     return Request(
         id=uuid.uuid4().hex,
-        deployment="bench",
+        deployment=adapter or "base",
         adapter=adapter,
         policy=policy,
         prompt=prompt,

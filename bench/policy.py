@@ -1,0 +1,186 @@
+"""What `auto` is worth: three replayed workloads, served always merged, always unmerged, and as `auto` decides.
+
+    python -m bench.policy [--quick] [--seconds 30] [--rounds 3] [--adapters 16] [--record]
+
+The engine runs in process, with real adapters of rank 64 on all linear layers. Requests arrive at seeded Poisson times,
+at a share of the rate at which the same engine answers an even mix unmerged, which is measured first. A request's
+latency per token is the time from when it was due to its last token, over its tokens. Every round replays each workload
+once under each policy, in an order that rotates. The last line is one JSON object. See bench/README.md.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry
+from transformers import LlamaForCausalLM
+from transformers.utils import logging
+
+from bench.adapters import ALL_LINEAR, write_adapter
+from bench.arrivals import KINDS, arrivals
+from bench.engines import Driven, engine_of
+from bench.environment import describe
+from bench.models import SHAPES, shaped
+from bench.replay import Traffic, replay, summary
+from bench.rounds import record
+from bench.serving import tokenizer_of
+from bench.work import drawn
+from lorafold.config import LogConfig
+from lorafold.engine.loop import Engine
+from lorafold.logs import set_up_logging
+from lorafold.metrics import Metrics
+from lorafold.model import pick_device
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.policy import PolicyKind
+
+RANK, SLOTS, PROMPT, ANSWER = 64, 16, 16, 24
+LOAD = 0.7
+"""Of the rate at which an even mix is answered unmerged."""
+TARGET = 1.05
+POLICIES = (PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.AUTO)
+Found = dict[str, dict[PolicyKind, list[dict[str, float]]]]
+"""Mean and 99th percentile of each round, by workload and policy."""
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short round, in under two minutes on two cores")
+    parser.add_argument("--seconds", type=float, help="in which requests arrive; 30, or 6 if quick")
+    parser.add_argument("--rounds", type=int, help="3, or 1 if quick")
+    parser.add_argument("--adapters", type=int, default=16)
+    parser.add_argument(
+        "--shape", choices=[*SHAPES], help="8b on a GPU, mid on a CPU, small there if quick, unless given"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
+    return parser.parse_args()
+
+
+def written(model: LlamaForCausalLM, count: int, folder: Path) -> list[Path]:
+    """Adapters that all change the same modules."""
+    options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": ALL_LINEAR}
+    return [write_adapter(model, folder / str(seed), seed, **options) for seed in range(count)]
+
+
+def capacity(driven: Driven, adapters: Sequence[BoundAdapter], vocabulary: int) -> float:
+    """Requests a second that an even mix is answered at, unmerged and with all places taken."""
+    work = drawn(4 * SLOTS, PROMPT, ANSWER, vocabulary, seed=1)
+    driven.run(work, adapters)
+    seconds = driven.run(drawn(4 * SLOTS, PROMPT, ANSWER, vocabulary, seed=2), adapters).seconds
+    return work.rows / seconds
+
+
+def traffic_of(kind: str, rate: float, seconds: float, adapters: int, vocabulary: int) -> Traffic:
+    """One of the workloads."""
+    times = arrivals(kind, rate=rate, seconds=seconds, adapters=adapters, seed=0)
+    return Traffic(arrivals=tuple(times), prompt=PROMPT, answer=ANSWER, vocabulary=vocabulary)
+
+
+def measure(engine: Engine, traffic: dict[str, Traffic], digests: Sequence[str], rounds: int) -> Found:
+    """Every workload under every policy in every round."""
+    found: Found = {kind: {policy: [] for policy in POLICIES} for kind in traffic}
+    seeds = iter(range(10, 10_000))
+    for number in range(rounds):
+        turn = number % len(POLICIES)
+        for kind, replayed in traffic.items():
+            for policy in POLICIES[turn:] + POLICIES[:turn]:
+                values = summary(replay(engine, replayed, digests, policy, next(seeds)))
+                found[kind][policy].append(values)
+                said = f"mean {values['mean'] * 1e3:7.1f} ms a token, p99 {values['p99'] * 1e3:7.1f}"
+                print(f"  {kind:<9} {policy.value:<9} {said}", flush=True)
+    return found
+
+
+def over_best(of: dict[PolicyKind, list[dict[str, float]]], key: str) -> float:
+    """`auto` over the better of the two fixed policies, by the medians of the rounds."""
+    medians = {policy: statistics.median(values[key] for values in rounds) for policy, rounds in of.items()}
+    return round(medians[PolicyKind.AUTO] / min(medians[PolicyKind.MERGED], medians[PolicyKind.UNMERGED]), 3)
+
+
+def over_merged(of: dict[PolicyKind, list[dict[str, float]]]) -> float:
+    """Always unmerged over always merged."""
+    mean = {policy: statistics.median(values["mean"] for values in rounds) for policy, rounds in of.items()}
+    return round(mean[PolicyKind.UNMERGED] / mean[PolicyKind.MERGED], 3)
+
+
+def decisions(registry: CollectorRegistry) -> dict[str, int]:
+    """How often the policy changed its plan in the whole run, by cause."""
+    samples = [sample for metric in registry.collect() for sample in metric.samples]
+    wanted = [sample for sample in samples if sample.name == "lorafold_policy_decisions_total"]
+    return {sample.labels["cause"]: int(sample.value) for sample in wanted}
+
+
+def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) -> tuple[dict[str, Any], Found]:
+    """Measures."""
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
+    seconds = arguments.seconds or (6.0 if arguments.quick else 30.0)
+    vocabulary = model.config.vocab_size
+    registry = CollectorRegistry()
+    folders = written(model, arguments.adapters, folder)
+    engine, manager = engine_of(
+        model,
+        tokenizer_of(vocabulary),
+        slots=SLOTS,
+        context=4 * (PROMPT + ANSWER),
+        prefill_tokens=128,
+        waiting=100_000,
+        metrics=Metrics(registry),
+    )
+    with Driven(engine, manager) as driven:
+        adapters = [driven.manager.bind(path) for path in folders]
+        driven.put_on(adapters)
+        digests = [bound.digest for bound in adapters]
+        rate = LOAD * capacity(driven, adapters, vocabulary)
+        print(f"{rate:.1f} requests a second, {LOAD:.0%} of what an even mix is answered at unmerged")
+        traffic = {kind: traffic_of(kind, rate, seconds, len(adapters), vocabulary) for kind in KINDS}
+        for policy in POLICIES:
+            replay(engine, traffic_of("even", rate, 4 / rate, len(adapters), vocabulary), digests, policy, seed=3)
+        found = measure(engine, traffic, digests, rounds)
+    result = {
+        "auto_over_best": {kind: over_best(of, "mean") for kind, of in found.items()},
+        "auto_over_best_p99": {kind: over_best(of, "p99") for kind, of in found.items()},
+        "unmerged_over_merged": {kind: over_merged(of) for kind, of in found.items()},
+        "decisions": decisions(registry),
+        "requests": {kind: len(of.arrivals) for kind, of in traffic.items()},
+        "rounds": rounds,
+        "rank": RANK,
+        "load": LOAD,
+    }
+    return result, found
+
+
+def main() -> None:
+    """Measures and prints."""
+    arguments = parsed()
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    logging.set_verbosity_error()
+    set_up_logging(LogConfig(level="warning"))
+    random.seed(0)
+    device = pick_device(arguments.device)
+    shape = arguments.shape or ("8b" if device.type == "cuda" else "small" if arguments.quick else "mid")
+    model = shaped(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        result, found = run(arguments, model, Path(scratch))
+    result |= {"shape": shape, **describe(device, model)}
+    for kind, value in result["auto_over_best"].items():
+        if value > TARGET or (kind == "shifting" and value >= 1):
+            print(f"below target: auto over the better fixed policy is {value} on '{kind}'")
+    if arguments.record:
+        points = {
+            kind: {policy.value: [values["mean"] for values in rounds] for policy, rounds in of.items()}
+            for kind, of in found.items()
+        }
+        print(f"every mean: {record('policy', result, points)}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
