@@ -16,6 +16,7 @@ from lorafold_adapters.errors import DeviceFull
 from lorafold_adapters.identity import Fingerprint
 from lorafold_adapters.paths import AdapterPath, path_of
 from lorafold_adapters.routes import route_of, with_routes
+from lorafold_adapters.structures import Structures
 from lorafold_adapters.updates import Route
 
 
@@ -26,6 +27,7 @@ class Preparing:
         self._model = model
         self._base = base
         self._max_delta_error = max_delta_error
+        self._structures = Structures(model)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
 
     @property
@@ -56,7 +58,7 @@ class Preparing:
         Raises a subclass of AdapterError that says what is wrong and what to do.
         """
         checkpoint = adapter if isinstance(adapter, Checkpoint) else read_checkpoint(adapter)
-        return bind(checkpoint, self._model, self._base.is_base)
+        return bind(checkpoint, self._model, self._base.is_base, self._structures)
 
     def compose(self, parts: Sequence[tuple[BoundAdapter, float]], spec: Composition) -> BoundAdapter:
         """One adapter out of several, each with its weight. Any thread may call it. Raises CompositionInvalid."""
@@ -65,7 +67,7 @@ class Preparing:
     @torch.no_grad()
     def route(self, bound: BoundAdapter, module_name: str) -> Route:
         """The form beside the weights that `routes.unrouted(bound)` asks for at one module. Raises DeviceFull."""
-        update = bound.updates[module_name].to(self._model.device)
+        update = bound.updates[module_name].mapped(lambda tensor: tensor.to(self._model.device))
         assert isinstance(update, Composed)
         try:
             return route_of(update, self._modules[module_name], self._base.pristine_of(module_name))
