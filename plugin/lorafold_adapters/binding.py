@@ -51,6 +51,23 @@ class BoundAdapter:
         lost = sum(route.lost_squares for route in self.routes.values())
         return math.sqrt(lost / squares) if squares > 0 else None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that its tensors take where they are now; what shares memory counts once."""
+        everything = [*self.tensors(), *(tensor for update in self.updates.values() for tensor in update.tensors())]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in everything}.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of it that moves from device to device, once; layers of PEFT keep theirs where they are."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.mapped(note)
+        return found
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "BoundAdapter":
         """The same with what `function` makes of its tensors; what shares memory goes on doing so."""
         done: dict[object, Tensor] = {}

@@ -31,7 +31,7 @@ from lorafold_adapters.kernels import Kernels
 from lorafold_adapters.merged import Merged
 from lorafold_adapters.preparing import Preparing
 from lorafold_adapters.router import STACK_BYTES, Router
-from lorafold_adapters.routes import unrouted
+from lorafold_adapters.staging import Staged
 from lorafold_adapters.stand_ins import FoldOptions
 from lorafold_adapters.static_routing import StaticRouting
 from lorafold_adapters.undo_kinds import UndoKind
@@ -98,22 +98,17 @@ class AdapterManager(Preparing):
         return self._known(name).route_error
 
     @torch.no_grad()
-    def load(self, name: str, adapter: str | Path | Checkpoint | BoundAdapter) -> BoundAdapter:
+    def load(self, name: str, adapter: str | Path | Checkpoint | BoundAdapter | Staged) -> BoundAdapter:
         """Makes `adapter` known as `name`, replacing one of that name that is not folded.
 
-        Raises a subclass of AdapterError, AdapterInUse, or DeviceFull.
+        Of a staged one only what must happen between two steps is left to do. Raises a subclass of AdapterError,
+        AdapterInUse, or DeviceFull.
         """
-        bound = adapter if isinstance(adapter, BoundAdapter) else self.bind(adapter)
-        bound = self.with_routes(bound, {module: self.route(bound, module) for module in unrouted(bound)})
+        staged = adapter if isinstance(adapter, Staged) else self.stage(adapter)
         try:
-            bound = bound.to(self._model.device)
-            routable = bound.updates if bound.route_refusal is None else ()
-            paths = {module: self._path(bound, module) for module in routable}
-        except torch.OutOfMemoryError as error:
-            raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error
-        if name in self._adapters:
-            self.drop(name)
-        try:
+            bound, paths = self._completed(staged)
+            if name in self._adapters:
+                self.drop(name)
             self._router.add(name, {self._modules[module]: path for module, path in paths.items()})
         except torch.OutOfMemoryError as error:
             raise DeviceFull(f"the device's memory does not hold adapter '{name}': drop others first") from error

@@ -1,4 +1,4 @@
-"""Makes adapters ready for one base: reads, binds and composes them. Changes neither the model nor what is loaded."""
+"""Makes adapters ready for one base: reads, binds, composes, stages. Changes neither the model nor what is loaded."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,11 @@ from lorafold_adapters.composed import Composed, compose
 from lorafold_adapters.errors import DeviceFull
 from lorafold_adapters.identity import Fingerprint
 from lorafold_adapters.paths import AdapterPath, path_of
-from lorafold_adapters.routes import route_of, with_routes
+from lorafold_adapters.routes import route_of, unrouted, with_routes
+from lorafold_adapters.sizes import path_bytes
+from lorafold_adapters.staging import Staged, Stager, routed_updates
 from lorafold_adapters.structures import Structures
-from lorafold_adapters.updates import Route
+from lorafold_adapters.updates import Route, Update
 
 
 class Preparing:
@@ -27,6 +29,7 @@ class Preparing:
         self._model = model
         self._base = base
         self._max_delta_error = max_delta_error
+        self._stager = Stager(model.device, model.dtype)
         self._structures = Structures(model)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
 
@@ -78,11 +81,43 @@ class Preparing:
         """The adapter with those forms; it refuses to be routed if they are off by more than `max_delta_error`."""
         return with_routes(bound, routes, self._max_delta_error)
 
+    def pinned(self, bound: BoundAdapter) -> BoundAdapter:
+        """A copy in pinned host memory, which `stage` reads fastest; on a CPU the adapter itself. Any thread."""
+        return self._stager.pinned(bound)
+
+    def device_bytes(self, bound: BoundAdapter) -> int:
+        """Memory that the adapter takes while it is loaded, at most; on a CPU what it takes beside `bound.nbytes`."""
+        own = 0 if self._model.device.type == "cpu" else sum(tensor.nbytes for tensor in bound.tensors())
+        routed = routed_updates(bound).items()
+        return own + sum(path_bytes(update, self._modules[name], self._model.dtype) for name, update in routed)
+
+    def stage(self, adapter: str | Path | Checkpoint | BoundAdapter) -> Staged:
+        """Brings an adapter to the device, all that can be done while the model runs; `load` does the rest.
+
+        Any thread may call it. Raises a subclass of AdapterError, or DeviceFull; nothing is changed then.
+        """
+        bound = adapter if isinstance(adapter, BoundAdapter) else self.bind(adapter)
+        try:
+            return self._stager.stage(bound, self._modules)
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(
+                f"the device's memory does not hold adapter {bound.digest[:12]}: drop others first"
+            ) from error
+
     def extra_bytes(self, bound: BoundAdapter) -> int:
         """Memory that folding an adapter takes where the base is quantised: copies of the weights it changes."""
         return 0 if bound.fold_refusal else self._base.weights.extra_bytes(bound)
 
-    def _path(self, bound: BoundAdapter, module_name: str) -> AdapterPath:
-        route = bound.routes.get(module_name)
-        update = bound.updates[module_name] if route is None else route.update
+    def _completed(self, staged: Staged) -> tuple[BoundAdapter, dict[str, AdapterPath]]:
+        """The adapter with the forms beside the weights that depend on these. Raises torch.OutOfMemoryError."""
+        staged.wait()
+        bound = staged.bound
+        bound = self.with_routes(bound, {module: self.route(bound, module) for module in unrouted(bound)})
+        paths = {
+            name: staged.paths[name] if name in staged.paths else self._path(update, name)
+            for name, update in routed_updates(bound).items()
+        }
+        return bound, paths
+
+    def _path(self, update: Update, module_name: str) -> AdapterPath:
         return path_of(update, self._modules[module_name], self._base.pristine_of(module_name), self._model.dtype)

@@ -58,7 +58,6 @@ class Router:
 
     def add(self, name: str, paths: Mapping[nn.Module, AdapterPath]) -> None:
         """Makes an adapter known, by what it does to which modules; forgets it again if it cannot."""
-        self._plans.clear()
         try:
             for module, path in paths.items():
                 self._sites[module] = site = install(module, is_head=module is self._head)
@@ -73,8 +72,8 @@ class Router:
             raise
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter."""
-        self._plans.clear()
+        """Forgets an adapter. Plans without it stay: they hold nothing of it."""
+        self._plans = {routing: plan for routing, plan in self._plans.items() if not takes_part(name, routing)}
         for follower in self._followers():
             follower.drop(name)
         for module, site in list(self._sites.items()):
@@ -83,6 +82,7 @@ class Router:
                 if not site.paths:
                     uninstall(module)
                     del self._sites[module]
+                    self._plans.clear()
                     self._together.clear()  # Stacks know a family's modules by their places, which shift.
 
     @contextmanager
@@ -141,6 +141,11 @@ class Router:
         names = {*routing.body.names, *routing.head.names}
         touched = [site.family for site in self._sites.values() if not names.isdisjoint(site.paths)]
         return list(dict.fromkeys(touched))
+
+
+def takes_part(name: str, routing: Routing) -> bool:
+    """True if an adapter is in the batch."""
+    return name in routing.body.names or name in routing.head.names
 
 
 def refuse_other_sizes(
