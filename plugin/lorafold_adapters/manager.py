@@ -31,6 +31,7 @@ from lorafold_adapters.kernels import Kernels
 from lorafold_adapters.merged import Merged
 from lorafold_adapters.preparing import Preparing
 from lorafold_adapters.router import STACK_BYTES, Router
+from lorafold_adapters.slot_groups import SLOTS
 from lorafold_adapters.staging import Staged
 from lorafold_adapters.stand_ins import FoldOptions
 from lorafold_adapters.static_routing import StaticRouting
@@ -58,17 +59,21 @@ class AdapterManager(Preparing):
         max_delta_error: float = MAX_DELTA_ERROR,
         quantised: FoldOptions | None = None,
         stack_bytes: int = STACK_BYTES,
+        device_slots: int = SLOTS,
         kernels: Kernels | None = None,
     ) -> None:
         """Takes the model as it is now for the base.
 
         `quantised`: how to fold where the base is quantised. `stack_bytes`: memory for copies of the adapters that
-        share a batch of few tokens each; beyond it they run one by one. `kernels`: for such batches, in place of what
-        the device has.
+        share a batch of few tokens each; beyond it they run one by one. `device_slots`: how many adapters
+        kernels and CUDA graphs can tell apart; others are routed one by one. `kernels`: for such batches, in place of
+        what the device has.
         `undo`: how the base is kept; see `undo.make_undo`. `source`: the folder of the base's safetensors files, which
         is the one that the model was loaded from unless given. `fingerprint`: of the base, if it is known already.
         """
-        self._router = Router(model, model.get_output_embeddings(), stack_bytes=stack_bytes, kernels=kernels)
+        self._router = Router(
+            model, model.get_output_embeddings(), stack_bytes=stack_bytes, slots=device_slots, kernels=kernels
+        )
         options = quantised or FoldOptions()
         base = BaseValues(model, undo=undo, source=source, fingerprint=fingerprint, options=options)
         super().__init__(model, base, max_delta_error)

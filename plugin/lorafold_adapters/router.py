@@ -17,6 +17,7 @@ from lorafold_adapters.kernels import Kernels, kernels_for
 from lorafold_adapters.paths import AdapterPath
 from lorafold_adapters.plans import Plan, plan
 from lorafold_adapters.sharing import Sightings
+from lorafold_adapters.slot_groups import SLOTS
 from lorafold_adapters.spans import Routing
 from lorafold_adapters.static_routing import StaticRouting
 from lorafold_adapters.steps import Batch
@@ -33,14 +34,25 @@ class Router:
     """The adapters beside the weights of one model."""
 
     def __init__(
-        self, model: nn.Module, head: nn.Module | None, *, stack_bytes: int, kernels: Kernels | None = None
+        self,
+        model: nn.Module,
+        head: nn.Module | None,
+        *,
+        stack_bytes: int,
+        slots: int = SLOTS,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`kernels` for batches of many adapters; by the device unless given, and stacks where it has none."""
+        """`kernels` for batches of many adapters; by the device unless given, and stacks where it has none.
+
+        `slots`: adapters that have a place in the kernels' tables at once.
+        """
         self._model = model
         self._head = head
         self._sites: dict[nn.Module, Site] = {}
         device = next(model.parameters()).device
-        self._together = Together(self._sites, kernels or kernels_for(device), stack_bytes, device)
+        self._together = Together(
+            self._sites, kernels or kernels_for(device), stack_bytes=stack_bytes, slots=slots, device=device
+        )
         self._statics: WeakSet[StaticRouting] = WeakSet()
         self._plans: dict[Routing, Plan] = {}
         self._batch = Batch()

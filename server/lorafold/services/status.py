@@ -37,6 +37,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.StepFailed, grpc.StatusCode.INTERNAL, "STEP_FAILED"),
     (plugin.DeviceFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_FULL"),
     (plugin.AdapterNotFound, grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
+    (plugin.AdapterChanged, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_CHANGED"),
     (plugin.AdapterCorrupt, grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_CORRUPT"),
     (plugin.AdapterUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSUPPORTED"),
     (plugin.BaseMismatch, grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH"),
