@@ -17,7 +17,6 @@ from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.runner import Piece, Runner
 from lorafold.model import use_our_attention
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.slot_groups import SlotGroups
 from tests.engines import PAGE
 from tests.models import DEVICES, KINDS, apart, on, prompts, tiny_llama
 from tests.tolerances import EFFECT, LOGITS
@@ -30,10 +29,10 @@ LENGTHS = [17, 33, 16]
 class Laid:
     """A model with three sequences in its cache and adapters beside its weights."""
 
-    def __init__(self, device: str, folders: list[Path]) -> None:
+    def __init__(self, device: str, folders: list[Path], **options: Any) -> None:
         self.model: Any = on(device, tiny_llama())
         use_our_attention(self.model)
-        self.manager = AdapterManager(self.model)
+        self.manager = AdapterManager(self.model, **options)
         for index, folder in enumerate(folders):
             self.manager.load(str(index), folder)
         self.cache = PagedCache(pages=20, size=PAGE)
@@ -115,11 +114,8 @@ def test_a_two_path_step_that_cannot_be_recorded_runs_eagerly_from_then_on(adapt
     assert len(tried) == 1
 
 
-def test_adapters_beyond_the_slots_run_eagerly_and_cost_the_others_nothing(
-    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SlotGroups.__init__, "__kwdefaults__", {"slots": 2})
-    laid = Laid("cpu", [adapter_on_llama(seed=seed, **KINDS["plain"]) for seed in range(3)])
+def test_adapters_beyond_the_slots_run_eagerly_and_cost_the_others_nothing(adapter_on_llama: MakeAdapter) -> None:
+    laid = Laid("cpu", [adapter_on_llama(seed=seed, **KINDS["plain"]) for seed in range(3)], device_slots=2)
     laid.replayed(["0"])
     first = laid.graphed._routing_for(["0"])
     for _ in range(3):

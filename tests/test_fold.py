@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorafold_adapters import AdapterManager, copies, fold, records
+from lorafold_adapters import AdapterManager, copies, fold, folded, records
 from lorafold_adapters import manager as manager_module
 from lorafold_adapters import undo as undo_module
 from lorafold_adapters.delta import AddProduct
@@ -158,7 +158,7 @@ def fail_at_call(number: int, place: str, monkeypatch: pytest.MonkeyPatch) -> li
     return calls
 
 
-TRACED = {module.__file__ for module in (copies, fold, manager_module, records, undo_module)}
+TRACED = {module.__file__ for module in (copies, fold, folded, manager_module, records, undo_module)}
 
 
 class Killed(BaseException):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
-from lorafold_adapters.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
+from lorafold_adapters.errors import AdapterChanged, AdapterCorrupt, AdapterNotFound, AdapterUnsupported
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -95,6 +95,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     refuse_unserved(options)
     tensors = read_tensors(folder)
     return Checkpoint(path=folder, options=options, tensors=tensors, digest=content_digest(options, tensors))
+
+
+def read_again(path: str | Path, digest: str) -> Checkpoint:
+    """The adapter that had this digest when `path` was read before. Raises AdapterChanged if it has another now."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.digest != digest:
+        raise AdapterChanged(
+            f"adapter folder '{path}' changed since it was deployed: it holds {checkpoint.digest[:12]} now, not "
+            f"{digest[:12]}: put its files back, or update the deployment"
+        )
+    return checkpoint
 
 
 def read_options(folder: Path) -> dict[str, Any]:

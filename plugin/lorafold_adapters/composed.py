@@ -22,7 +22,7 @@ from lorafold_adapters.errors import CompositionInvalid
 from lorafold_adapters.fold import shared_once
 from lorafold_adapters.modes import changed_keys, fold_refusal, quantised_refusal
 from lorafold_adapters.truncate import truncated_product
-from lorafold_adapters.updates import LowRank, Pristine, ThroughPeft, Update
+from lorafold_adapters.updates import LowRank, OnTensor, Pristine, ThroughPeft, Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,9 +103,9 @@ class Composed:
         """See `Update`."""
         return [tensor for part in self.parts for tensor in part.update.tensors()]
 
-    def to(self, device: torch.device) -> "Composed":
+    def mapped(self, function: OnTensor) -> "Composed":
         """See `Update`."""
-        return replace(self, parts=tuple(replace(part, update=part.update.to(device)) for part in self.parts))
+        return replace(self, parts=tuple(replace(part, update=part.update.mapped(function)) for part in self.parts))
 
 
 def compose(parts: Sequence[tuple[BoundAdapter, float]], spec: Composition, model: PreTrainedModel) -> BoundAdapter:

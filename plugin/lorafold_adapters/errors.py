@@ -3,6 +3,7 @@
 LorafoldError
 ├── AdapterError                the adapter cannot be used; the message says why and what to do
 │   ├── AdapterNotFound         no such folder, or a file in it is missing
+│   ├── AdapterChanged          its folder has other contents than when it was deployed
 │   ├── AdapterCorrupt          a file cannot be read, or its contents contradict each other
 │   ├── AdapterUnsupported      well-formed, but of a kind or with an option that is not served
 │   ├── BaseMismatch            made for another base: names or shapes do not fit, or its stamp says so
@@ -33,6 +34,10 @@ class AdapterError(LorafoldError):
 
 class AdapterNotFound(AdapterError):
     """No such adapter folder, or a file that every adapter has is missing from it."""
+
+
+class AdapterChanged(AdapterError):
+    """The folder of an adapter that is deployed has other contents than it had then."""
 
 
 class AdapterCorrupt(AdapterError):

@@ -17,6 +17,7 @@ from lorafold_adapters.kernels import Kernels, kernels_for
 from lorafold_adapters.paths import AdapterPath
 from lorafold_adapters.plans import Plan, plan
 from lorafold_adapters.sharing import Sightings
+from lorafold_adapters.slot_groups import SLOTS
 from lorafold_adapters.spans import Routing
 from lorafold_adapters.static_routing import StaticRouting
 from lorafold_adapters.steps import Batch
@@ -33,14 +34,25 @@ class Router:
     """The adapters beside the weights of one model."""
 
     def __init__(
-        self, model: nn.Module, head: nn.Module | None, *, stack_bytes: int, kernels: Kernels | None = None
+        self,
+        model: nn.Module,
+        head: nn.Module | None,
+        *,
+        stack_bytes: int,
+        slots: int = SLOTS,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`kernels` for batches of many adapters; by the device unless given, and stacks where it has none."""
+        """`kernels` for batches of many adapters; by the device unless given, and stacks where it has none.
+
+        `slots`: adapters that have a place in the kernels' tables at once.
+        """
         self._model = model
         self._head = head
         self._sites: dict[nn.Module, Site] = {}
         device = next(model.parameters()).device
-        self._together = Together(self._sites, kernels or kernels_for(device), stack_bytes, device)
+        self._together = Together(
+            self._sites, kernels or kernels_for(device), stack_bytes=stack_bytes, slots=slots, device=device
+        )
         self._statics: WeakSet[StaticRouting] = WeakSet()
         self._plans: dict[Routing, Plan] = {}
         self._batch = Batch()
@@ -58,7 +70,6 @@ class Router:
 
     def add(self, name: str, paths: Mapping[nn.Module, AdapterPath]) -> None:
         """Makes an adapter known, by what it does to which modules; forgets it again if it cannot."""
-        self._plans.clear()
         try:
             for module, path in paths.items():
                 self._sites[module] = site = install(module, is_head=module is self._head)
@@ -73,8 +84,8 @@ class Router:
             raise
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter."""
-        self._plans.clear()
+        """Forgets an adapter. Plans without it stay: they hold nothing of it."""
+        self._plans = {routing: plan for routing, plan in self._plans.items() if not takes_part(name, routing)}
         for follower in self._followers():
             follower.drop(name)
         for module, site in list(self._sites.items()):
@@ -83,6 +94,7 @@ class Router:
                 if not site.paths:
                     uninstall(module)
                     del self._sites[module]
+                    self._plans.clear()
                     self._together.clear()  # Stacks know a family's modules by their places, which shift.
 
     @contextmanager
@@ -141,6 +153,11 @@ class Router:
         names = {*routing.body.names, *routing.head.names}
         touched = [site.family for site in self._sites.values() if not names.isdisjoint(site.paths)]
         return list(dict.fromkeys(touched))
+
+
+def takes_part(name: str, routing: Routing) -> bool:
+    """True if an adapter is in the batch."""
+    return name in routing.body.names or name in routing.head.names
 
 
 def refuse_other_sizes(

@@ -19,7 +19,7 @@ from lorafold_adapters.two_path import Family
 MOST = 8
 """Modules of one group; larger families are several."""
 SLOTS = 256
-"""Adapters that may have a slot at once."""
+"""Adapters that may have a slot at once, unless said otherwise."""
 
 
 class Group:
@@ -64,7 +64,7 @@ class Group:
 class SlotGroups:
     """All groups, and which adapter is in which slot."""
 
-    def __init__(self, families: Iterable[Family], kernels: Kernels, *, max_rank: int, slots: int = SLOTS) -> None:
+    def __init__(self, families: Iterable[Family], kernels: Kernels, *, max_rank: int, slots: int) -> None:
         """Covers the modules on which some adapter is a low-rank product now."""
         self.kernels = kernels
         self.max_rank = max_rank

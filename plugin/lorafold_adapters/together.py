@@ -19,9 +19,16 @@ class Together:
     """What mixed batches of one model need beyond the adapters themselves."""
 
     def __init__(
-        self, sites: Mapping[nn.Module, Site], kernels: Kernels | None, stack_bytes: int, device: torch.device
+        self,
+        sites: Mapping[nn.Module, Site],
+        kernels: Kernels | None,
+        *,
+        stack_bytes: int,
+        slots: int,
+        device: torch.device,
     ) -> None:
-        """`sites`: of the model, as they come and go; `kernels`: None where stacks do better."""
+        """`sites`: of the model, as they come and go; `kernels`: None where stacks do better, with `slots` adapters."""
+        self._slots = slots
         self.stacks = Stacks(stack_bytes)
         self.ranks: dict[str, int | None] = {}
         """By adapter its largest rank; None for one that is not low-rank products alone."""
@@ -65,7 +72,7 @@ class Together:
         """Slots for all adapters, `first` before others; for ranks up to the largest one now, unless said."""
         rank = max_rank or 1 << (max(filter(None, self.ranks.values()), default=1) - 1).bit_length()
         families = dict.fromkeys(site.family for site in self._sites.values())
-        groups = SlotGroups(families, self._kernels or Reference(), max_rank=rank)
+        groups = SlotGroups(families, self._kernels or Reference(), max_rank=rank, slots=self._slots)
         for name in dict.fromkeys((*first, *self.ranks)):
             groups.add(name, {module: site.paths[name] for module, site in self._sites.items() if name in site.paths})
         return groups

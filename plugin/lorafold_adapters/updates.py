@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from lorafold_adapters.delta import AddProduct, AddValues, Change, Computed, SetRows, SetValues
 
 Pristine = Callable[[str], Tensor]
 """Gives a parameter of the module, by its own name, as it is in the base; not to be written to."""
+OnTensor = Callable[[Tensor], Tensor]
 
 
 class Update(Protocol):
@@ -30,8 +30,8 @@ class Update(Protocol):
         """Every tensor that came from the adapter's files."""
         ...
 
-    def to(self, device: torch.device) -> "Update":
-        """The same with its tensors on `device`."""
+    def mapped(self, function: OnTensor) -> "Update":
+        """The same with what `function` makes of each tensor."""
         ...
 
 
@@ -77,14 +77,14 @@ class LowRank:
         optional = (self.bias_O, self.magnitude_O, self.new_bias_O)
         return [self.a_RI, self.b_OR, *(tensor for tensor in optional if tensor is not None)]
 
-    def to(self, device: torch.device) -> "LowRank":
+    def mapped(self, function: OnTensor) -> "LowRank":
         """See `Update`."""
-        moved = {
-            name: tensor.to(device)
+        made = {
+            name: function(tensor)
             for name in ("a_RI", "b_OR", "bias_O", "magnitude_O", "new_bias_O")
             if (tensor := getattr(self, name)) is not None
         }
-        return replace(self, **cast(Any, moved))
+        return replace(self, **cast(Any, made))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +101,9 @@ class Replaced:
         """See `Update`."""
         return list(self.parameters.values())
 
-    def to(self, device: torch.device) -> "Replaced":
+    def mapped(self, function: OnTensor) -> "Replaced":
         """See `Update`."""
-        return Replaced(parameters={name: tensor.to(device) for name, tensor in self.parameters.items()})
+        return Replaced(parameters={name: function(tensor) for name, tensor in self.parameters.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,9 +121,9 @@ class NewRows:
         """See `Update`."""
         return [self.values_KM]
 
-    def to(self, device: torch.device) -> "NewRows":
+    def mapped(self, function: OnTensor) -> "NewRows":
         """See `Update`."""
-        return NewRows(index_K=self.index_K.to(device), values_KM=self.values_KM.to(device))
+        return NewRows(index_K=function(self.index_K), values_KM=function(self.values_KM))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,8 +149,8 @@ class ThroughPeft:
         state = self.layer.state_dict().values()
         return [tensor.detach() for tensor in state if not tensor.is_meta and tensor.data_ptr() not in own]
 
-    def to(self, device: torch.device) -> "ThroughPeft":
-        """See `Update`; the layer follows the base weights that it is lent."""
+    def mapped(self, function: OnTensor) -> "ThroughPeft":
+        """See `Update`; the layer stays as it is, and follows the base weights that it is lent."""
         return self
 
     def _folded(self, name: str, pristine: Pristine) -> Callable[[Tensor], Tensor]:

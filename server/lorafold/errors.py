@@ -10,7 +10,6 @@ LorafoldError
 ├── DeploymentUnservable    the deployment is kept, but its adapter is not what it was or not there
 ├── EtagMismatch            the deployment was changed since the caller read it
 ├── NothingToRollBack       the deployment was never updated
-├── AdapterChanged          an adapter's folder holds other content than the one that was served
 ├── StateNotSaved           the change could not be written into the state file; nothing was changed
 │   └── StateDiskFull       as there is no room for it
 ├── QueueFull               too many requests wait
@@ -66,10 +65,6 @@ class EtagMismatch(LorafoldError):
 
 class NothingToRollBack(LorafoldError):
     """The deployment was never updated."""
-
-
-class AdapterChanged(LorafoldError):
-    """An adapter's folder holds other content than the one that was served."""
 
 
 class StateNotSaved(LorafoldError):

@@ -13,7 +13,6 @@ from pathlib import Path
 import structlog
 
 from lorafold.engine.loop import Engine
-from lorafold.errors import AdapterChanged
 from lorafold.own_thread import in_own_thread
 from lorafold.progress import Progress, Stage, Tell, nobody
 from lorafold.recipes import Recipe, Source, folders_of
@@ -22,7 +21,7 @@ from lorafold.state import Version
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.checkpoint import read_checkpoint
-from lorafold_adapters.errors import AdapterUnsupported, BaseMismatch, DeltaLost
+from lorafold_adapters.errors import AdapterChanged, AdapterUnsupported, BaseMismatch, DeltaLost
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.provenance import Source as Ingredient

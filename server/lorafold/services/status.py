@@ -30,7 +30,6 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.DeploymentUnservable, grpc.StatusCode.FAILED_PRECONDITION, "DEPLOYMENT_UNSERVABLE"),
     (server.EtagMismatch, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
     (server.NothingToRollBack, grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_TO_ROLL_BACK"),
-    (server.AdapterChanged, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_CHANGED"),
     (server.StateDiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STATE_DISK_FULL"),
     # Not UNAVAILABLE: only an operator can change that, so that clients should not try again by themselves.
     (server.StateNotSaved, grpc.StatusCode.FAILED_PRECONDITION, "STATE_NOT_SAVED"),
@@ -44,6 +43,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.StepFailed, grpc.StatusCode.INTERNAL, "STEP_FAILED"),
     (plugin.DeviceFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_FULL"),
     (plugin.AdapterNotFound, grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
+    (plugin.AdapterChanged, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_CHANGED"),
     (plugin.AdapterCorrupt, grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_CORRUPT"),
     (plugin.AdapterUnsupported, grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNSUPPORTED"),
     (plugin.BaseMismatch, grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH"),
