@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.work import Run, Work
-from lorafold.config import PolicyConfig
+from lorafold.config import PolicyConfig, ResidencyConfig
 from lorafold.engine.budget import PAGE_TOKENS
 from lorafold.engine.detokenize import remembering
 from lorafold.engine.emit import Vocabulary
@@ -22,12 +22,13 @@ from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.linear import choose_linear
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
+from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
 from lorafold.metrics import Metrics
 from lorafold.model import use_our_attention
-from lorafold.parts import make_policy
+from lorafold.parts import make_limits, make_policy
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
@@ -60,10 +61,14 @@ def engine_of(
     runner.warm_up()
     if compiled:
         runner.compile()
+    residents = Residents(manager, make_limits(ResidencyConfig()))
     engine = Engine(
         runner=runner,
         weights=WeightsControl(manager, policy, costs, metrics, no_second_base),
-        scheduler=Scheduler(pool=pool, max_batch=slots, max_waiting=waiting or slots, prefill_tokens=prefill_tokens),
+        residents=residents,
+        scheduler=Scheduler(
+            pool=pool, adapters=residents, max_batch=slots, max_waiting=waiting or slots, prefill_tokens=prefill_tokens
+        ),
         vocabulary=Vocabulary(
             decode=remembering(lambda ids: str(tokenizer.decode(list(ids)))), end_of_sequence=frozenset()
         ),
@@ -102,13 +107,13 @@ class Driven:
     def put_on(self, adapters: Sequence[BoundAdapter]) -> None:
         """Puts adapters on the model, as creating deployments does."""
         for bound in adapters:
-            self.call(partial(self._engine.weights.acquire, bound))
+            self.call(partial(self._engine.residents.acquire, bound, ""))
 
     def take_off(self, adapters: Sequence[BoundAdapter]) -> None:
         """Gives the base back and drops the adapters. Raises RuntimeError unless every module is what it was."""
         for bound in adapters:
-            self.call(partial(self._engine.weights.release, bound.digest))
-        self.call(lambda: self._engine.weights.sweep(set()))
+            self.call(partial(self._engine.residents.release, bound.digest))
+        self.call(lambda: self._engine.residents.sweep(set()))
         if self._manager.adapters or self._classes() != self._bare:
             raise RuntimeError("the model is not what it was before adapters were on it")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafold.config import ResidencyConfig
 from lorafold.engine.attention_means import Means
 from lorafold.engine.detokenize import Decode
 from lorafold.engine.drains import Drained, DrainMode, Order
@@ -15,15 +16,18 @@ from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
+from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
 from lorafold.engine.weights_state import Change
 from lorafold.model import use_our_attention
+from lorafold.parts import make_limits
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import Mode, Plan, PolicyKind
+from lorafold_adapters.residency import Limits
 from lorafold_adapters.turns import MeasuredTurns
 from tests.models import tiny_llama
 
@@ -95,6 +99,7 @@ class Bench:
         means: Means | None = None,
         load_base: Callable[[], nn.Module] = tiny_llama,
         overlap: bool = False,
+        limits: Limits | None = None,
         decode: Decode = lambda ids: "x" * len(ids),
     ) -> None:
         use_our_attention(model)
@@ -104,12 +109,16 @@ class Bench:
         costs = Costs()
         pool = PagePool(pages=pages or 1 + slots * -(-length // PAGE), size=PAGE)
         self.runner = Runner(model, self.manager, PagedCache(pages=pool.pages, size=PAGE), means)
-        self.scheduler = Scheduler(pool=pool, max_batch=slots, max_waiting=1000, prefill_tokens=prefill)
+        self.residents = Residents(self.manager, limits or make_limits(ResidencyConfig()))
+        self.scheduler = Scheduler(
+            pool=pool, adapters=self.residents, max_batch=slots, max_waiting=1000, prefill_tokens=prefill
+        )
         self.engine = Engine(
             runner=self.runner,
             weights=WeightsControl(
                 self.manager, MeasuredTurns(costs, swap_share=0.5, max_wait=turn), costs, self.recorder, load_base
             ),
+            residents=self.residents,
             scheduler=self.scheduler,
             vocabulary=Vocabulary(decode=decode, end_of_sequence=frozenset()),
             observer=self.recorder,
@@ -128,7 +137,7 @@ class Bench:
     def load(self, adapter: Any) -> str:
         """Puts an adapter on the model; its digest."""
         bound = self.manager.bind(adapter)
-        self.engine.call(lambda: self.engine.weights.acquire(bound)).result(60)
+        self.engine.call(lambda: self.residents.acquire(bound, str(adapter))).result(60)
         return bound.digest
 
     def merge(self, adapter: str | None, mode: DrainMode = DrainMode.PARK, **order: Any) -> "Future[Drained]":

@@ -24,7 +24,7 @@ def hold(bench: Bench, folder: Path) -> None:
 def released(bench: Bench, digest: str) -> Counts:
     """What is told of an adapter that no deployment points at any more."""
     counts: Counts = queue.SimpleQueue()
-    bench.engine.call(lambda: bench.engine.weights.release(digest))
+    bench.engine.call(lambda: bench.residents.release(digest))
     bench.engine.watch(digest, counts.put)
     return counts
 

@@ -1,5 +1,6 @@
 """Order, room and budget. No tensors, no model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,26 @@ from lorafold_adapters.policy import SHARED, Cause, Plan, PolicyKind, Side
 SIZE = 4
 
 
+class Loaded:
+    """Adapters that are on the device, but for some; and how many rows hold each."""
+
+    def __init__(self) -> None:
+        self.missing: set[str | None] = set()
+        self.uses: Counter[str | None] = Counter()
+
+    def takes(self, digest: str | None) -> bool:
+        return digest not in self.missing
+
+    def use(self, digest: str | None) -> None:
+        self.uses[digest] += 1
+
+    def unuse(self, digest: str | None) -> None:
+        self.uses[digest] -= 1
+
+
 def scheduler_of(*, rows: int = 4, waiting: int = 9, budget: int = 99, pages: int = 100) -> Scheduler:
     pool = PagePool(pages=pages + 1, size=SIZE)
-    return Scheduler(pool=pool, max_batch=rows, max_waiting=waiting, prefill_tokens=budget)
+    return Scheduler(pool=pool, adapters=Loaded(), max_batch=rows, max_waiting=waiting, prefill_tokens=budget)
 
 
 def row(

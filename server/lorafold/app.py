@@ -156,14 +156,14 @@ def say_deployed(parts: Parts, say: Say) -> None:
         if made.staged is None:
             say(f"kept {made.name}, but it is not served: {made.refusal}")
             continue
-        bound = made.staged.bound
+        facts = made.staged.facts
         say(
-            f"deployed {made.name}: {made.wanted.policy.value}, {bound.kind}, adapter {made.digest[:12]}, "
-            f"bound {bound.bound} of {bound.targeted} modules, base: {made.staged.reading.match}"
+            f"deployed {made.name}: {made.wanted.policy.value}, {facts.kind}, adapter {made.digest[:12]}, "
+            f"bound {facts.bound} of {facts.targeted} modules, base: {made.staged.origin.match}"
         )
-        if bound.route_error:
-            say(f"  beside the weights it is off by {bound.route_error:.3g} of its delta")
-        if extra := parts.manager.extra_bytes(bound):
+        if facts.route_error:
+            say(f"  beside the weights it is off by {facts.route_error:.3g} of its delta")
+        if extra := facts.extra_bytes:
             say(f"  folding it takes {extra / 1e6:,.1f} MB beside the quantised base")
 
 

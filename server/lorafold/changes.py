@@ -57,7 +57,7 @@ class Changes:
         with self._deployments.changing(name):
             if self._deployments.has(name):
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            staged = await self._staging.put(await self._staging.read(wanted.source), wanted.policy)
+            staged = await self._staging.put(await self._staging.read(wanted.source), wanted)
             record = Record.new(self._deployments.version(wanted, staged), self._deployments.forgotten(name))
             made = Deployment(record=record, staged=staged)
             await self._deployments.commit({name: made}, {name: None})
@@ -75,7 +75,7 @@ class Changes:
             if change.source is not None:
                 reading = await self._staging.read(change.source, tell)
             elif old.staged is not None:
-                reading = old.staged.reading
+                reading = await self._staging.again(old.staged)
             else:
                 reading = await self._staging.read_again(old.record.current, tell)
             new = await self._point(old, change.applied(old.wanted), reading, tell)
@@ -116,7 +116,7 @@ class Changes:
     async def _point(
         self, old: Deployment, wanted: DeploymentConfig, reading: Reading, tell: Tell = nobody
     ) -> Deployment:
-        staged = await self._staging.put(reading, wanted.policy, tell)
+        staged = await self._staging.put(reading, wanted, tell)
         new = Deployment(record=old.record.pointing_at(self._deployments.version(wanted, staged)), staged=staged)
         await self._deployments.commit({old.name: new}, {}, tell)
         log.info("deployment updated", name=old.name, adapter=new.digest, before=old.digest, policy=wanted.policy.value)

@@ -117,6 +117,19 @@ class PolicyConfig(Section):
     """How long requests may wait for their turn; it comes before `swap_share`."""
 
 
+class ResidencyConfig(Section):
+    """`[residency]`: where adapters are kept. Those that requests need now are on the device; the least recently used
+    ones make room for them.
+    """
+
+    device_slots: Annotated[int, Field(gt=0)] = 256
+    """Adapters on the device at once."""
+    device_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory that they may take there; as much as there is unless given."""
+    host_memory_gib: Annotated[float, Field(gt=0)] = 8.0
+    """Host memory for adapters; the rest are read from disk when they are needed."""
+
+
 class IdentityConfig(Section):
     """`[identity]`: which base an adapter was trained on, as its stamp says."""
 
@@ -175,6 +188,8 @@ class DeploymentConfig(Section):
     """Requests of deployments with a higher one start first."""
     max_concurrency: Annotated[int, Field(gt=0, lt=2**32)] | None = None
     """Completions that run at once; as many as there is room for unless given."""
+    pinned: bool = False
+    """Keep the adapter on the device, however long nobody asks for it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -218,6 +233,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     fold: FoldConfig = FoldConfig()
     policy: PolicyConfig = PolicyConfig()
+    residency: ResidencyConfig = ResidencyConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()
     deployments: list[DeploymentConfig] = []

@@ -58,12 +58,12 @@ class Exports:
             raise InvalidField("deployment", "name a deployment with an adapter: the base is a checkpoint already")
         deployment = self._deployments.get(name)
         staged, source = deployment.served, deployment.wanted.source
-        bound = staged.bound
+        bound = (await self._deployments.staging.again(staged)).bound
         spec = source.spec if isinstance(source, Recipe) else None
         order = Order(
             bound=bound,
             out=out,
-            origin=origin(self._base_name, staged.reading.ingredients, spec),
+            origin=origin(self._base_name, staged.origin.ingredients, spec),
             tokenizer=self._tokenizer,
             shard_size=shard_size or SHARD_SIZE,
         )

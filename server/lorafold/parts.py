@@ -12,12 +12,21 @@ from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from lorafold.config import Config, EngineConfig, FoldConfig, PolicyConfig, fingerprint_folder, local_model_path
+from lorafold.config import (
+    Config,
+    EngineConfig,
+    FoldConfig,
+    PolicyConfig,
+    ResidencyConfig,
+    fingerprint_folder,
+    local_model_path,
+)
 from lorafold.deployments import Deployments
 from lorafold.engine.budget import PAGE_TOKENS, Wishes, pages_for, step_bytes
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
+from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
@@ -33,11 +42,13 @@ from lorafold_adapters.costs import Costs
 from lorafold_adapters.errors import BaseMismatch
 from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
 from lorafold_adapters.identity import fingerprint, quantised_from
+from lorafold_adapters.residency import Limits
 from lorafold_adapters.stand_ins import FoldOptions
 from lorafold_adapters.turns import MeasuredTurns
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+UNLIMITED = 1 << 62
 PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 SERVICES = (
     "lorafold.v1.GenerationService",
@@ -86,14 +97,17 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
     if pool.tokens < base.context:
         say(f"  contexts are cut to {pool.tokens:,} of {base.context:,} tokens: engine.kv_memory_gib gives no more")
     base = replace(base, context=min(base.context, pool.tokens))
+    residents = Residents(manager, make_limits(config.residency))
     health_servicer, costs = health.aio.HealthServicer(), Costs()
     engine = Engine(
         runner=runner,
         weights=WeightsControl(
             manager, make_policy(config.policy, costs), costs, metrics, lambda: load_model(config.base, path)
         ),
+        residents=residents,
         scheduler=Scheduler(
             pool=pool,
+            adapters=residents,
             max_batch=limits.max_batch,
             max_waiting=limits.max_queue,
             prefill_tokens=prefill_tokens(limits, model.device),
@@ -115,6 +129,16 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
         metrics=metrics,
         health=health_servicer,
         died=died,
+    )
+
+
+def make_limits(declared: ResidencyConfig) -> Limits:
+    """What adapters may take, as declared."""
+    device = declared.device_memory_gib
+    return Limits(
+        device_slots=declared.device_slots,
+        device_bytes=UNLIMITED if device is None else int(device * 2**30),
+        host_bytes=int(declared.host_memory_gib * 2**30),
     )
 
 
@@ -166,6 +190,7 @@ def attach(
             source=folder,
             fingerprint=known,
             max_delta_error=fold.max_delta_error,
+            device_slots=ResidencyConfig().device_slots if config is None else config.residency.device_slots,
             quantised=FoldOptions(requantise=fold.requantise, provenance=fold.provenance),
         )
     except BaseMismatch as error:

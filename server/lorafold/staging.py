@@ -9,9 +9,11 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import structlog
 
+from lorafold.config import DeploymentConfig
 from lorafold.engine.loop import Engine
 from lorafold.own_thread import in_own_thread
 from lorafold.progress import Progress, Stage, Tell, nobody
@@ -21,7 +23,14 @@ from lorafold.state import Version
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.checkpoint import read_checkpoint
-from lorafold_adapters.errors import AdapterChanged, AdapterUnsupported, BaseMismatch, DeltaLost
+from lorafold_adapters.errors import (
+    AdapterChanged,
+    AdapterCorrupt,
+    AdapterUnsupported,
+    BaseMismatch,
+    DeltaLost,
+    LorafoldError,
+)
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.provenance import Source as Ingredient
@@ -42,10 +51,57 @@ class Folding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What is known of a bound adapter, without its tensors."""
+
+    digest: str
+    kind: str
+    """For people, e.g. `LORA+dora`."""
+    targeted: int
+    """How many modules its files have tensors for."""
+    bound: int
+    """How many of those have a place in the base."""
+    fold_refusal: str | None
+    route_refusal: str | None
+    """Why it cannot be folded, or run beside the weights; None if it can."""
+    route_error: float | None
+    """How far it is off beside the weights; None if it is exact there."""
+    extra_bytes: int
+    """What folding it takes beside a quantised base."""
+
+    @classmethod
+    def of(cls, bound: BoundAdapter, extra_bytes: int) -> Self:
+        """Everything but the tensors."""
+        return cls(
+            digest=bound.digest,
+            kind=bound.kind,
+            targeted=bound.targeted,
+            bound=bound.bound,
+            fold_refusal=bound.fold_refusal,
+            route_refusal=bound.route_refusal,
+            route_error=bound.route_error,
+            extra_bytes=extra_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """An adapter that was read, checked and bound."""
 
     bound: BoundAdapter
+    origin: "Origin"
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the adapter."""
+        return self.bound.digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where an adapter comes from."""
+
+    source: Source
     match: Match
     """What the adapter's stamp says about the base."""
     ingredients: tuple[Ingredient, ...]
@@ -54,21 +110,18 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Staged:
-    """An adapter on the device, ready to serve."""
+    """An adapter that is ready to serve. Its tensors come and go (`engine.residents`)."""
 
-    reading: Reading
+    facts: Facts
+    origin: Origin
     folding: Folding
-
-    @property
-    def bound(self) -> BoundAdapter:
-        """The adapter."""
-        return self.reading.bound
+    pinned: bool
 
     def path(self, policy: PolicyKind) -> PolicyKind:
         """The policy that its requests follow: an adapter that has only one mode is served in that."""
         if policy is PolicyKind.AUTO and self.folding.refusal is not None:
             return PolicyKind.UNMERGED
-        if policy is PolicyKind.AUTO and self.bound.route_refusal is not None:
+        if policy is PolicyKind.AUTO and self.facts.route_refusal is not None:
             return PolicyKind.MERGED
         return policy
 
@@ -83,6 +136,8 @@ class Staging:
         self._stamps = stamps
         self._folder = folder.absolute()
         self._binding = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        engine.residents.fetch = self.fetch
 
     @property
     def base(self) -> str:
@@ -97,7 +152,7 @@ class Staging:
         if not isinstance(source, Recipe):
             bound, match = await self._read_folder(source, tell)
             ingredient = Ingredient(name=Path(source).name, digest=bound.digest, kind=bound.kind)
-            return Reading(bound=bound, match=match, ingredients=(ingredient,))
+            return Reading(bound=bound, origin=Origin(source=source, match=match, ingredients=(ingredient,)))
         parts = [await self._read_folder(part.path, tell) for part in source.parts]
         ingredients = tuple(
             Ingredient(name=Path(part.path).name, digest=bound.digest, kind=bound.kind, weight=part.weight)
@@ -105,7 +160,8 @@ class Staging:
         )
         weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
         bound = await self._with_routes(await in_own_thread(self._manager.compose, weighted, source.spec))
-        return Reading(bound=bound, match=least_sure(match for _, match in parts), ingredients=ingredients)
+        match = least_sure(match for _, match in parts)
+        return Reading(bound=bound, origin=Origin(source=source, match=match, ingredients=ingredients))
 
     async def read_again(self, version: Version, tell: Tell = nobody) -> Reading:
         """Reads what was served before.
@@ -113,26 +169,59 @@ class Staging:
         Raises AdapterChanged if it is not there any more, BaseMismatch if it was deployed on another base and nothing
         says that it fits this one, or a subclass of AdapterError.
         """
-        reading = await self.read(version.wanted.source, tell)
-        if reading.bound.digest != version.digest:
-            where = ", ".join(f"'{folder}'" for folder in folders_of(version.wanted.source))
-            raise AdapterChanged(
-                f"what was served is adapter {version.digest[:12]}, {where} now makes {reading.bound.digest[:12]}: put "
-                "it back, or update the deployment to take what is there"
-            )
-        if reading.match is Match.UNSTAMPED and version.base != self.base:
+        reading = await self._read_same(version.wanted.source, version.digest, tell)
+        if reading.origin.match is Match.UNSTAMPED and version.base != self.base:
             raise BaseMismatch(
                 f"it was deployed on base {version.base[:12]}, this server holds {self.base[:12]}, and it has no stamp "
                 "that says it fits: stamp it, or update the deployment"
             )
         return reading
 
-    async def put(self, reading: Reading, policy: PolicyKind, tell: Tell = nobody) -> Staged:
+    async def again(self, staged: Staged) -> Reading:
+        """The same adapter, from whatever memory it is in, or read again.
+
+        Raises AdapterChanged if it is not there any more, or a subclass of AdapterError.
+        """
+        digest = staged.facts.digest
+        bound = await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.bound(digest)))
+        if bound is not None:
+            return Reading(bound=bound, origin=staged.origin)
+        return await self._read_same(staged.origin.source, digest)
+
+    def fetch(self, digest: str, source: Source, bound: BoundAdapter | None) -> None:
+        """Implements `engine.residents.Fetch`."""
+        asyncio.run_coroutine_threadsafe(self._fetch(digest, source, bound), self._loop)
+
+    async def _fetch(self, digest: str, source: Source, bound: BoundAdapter | None) -> None:
+        try:
+            if bound is None:
+                reading = await self._read_same(source, digest)
+                bound = await in_own_thread(self._manager.pinned, reading.bound)
+            here, staged = bound, await in_own_thread(self._manager.stage, bound)
+            await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.arrived(here, staged)))
+        except Exception as error:
+            told = error if isinstance(error, LorafoldError) else AdapterCorrupt(f"the adapter cannot be read: {error}")
+            log.error("adapter cannot be brought", adapter=digest, reason=str(error), exc_info=told is not error)
+            self._engine.call(lambda: self._engine.lost(digest, told))
+
+    async def _read_same(self, source: Source, digest: str, tell: Tell = nobody) -> Reading:
+        """Raises AdapterChanged if it has another digest, or a subclass of AdapterError."""
+        reading = await self.read(source, tell)
+        if reading.digest != digest:
+            where = ", ".join(f"'{folder}'" for folder in folders_of(source))
+            raise AdapterChanged(
+                f"what was served is adapter {digest[:12]}, {where} now makes {reading.digest[:12]}: put it back, or "
+                "update the deployment to take what is there"
+            )
+        return reading
+
+    async def put(self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody) -> Staged:
         """Measures what a fold keeps of the adapter if the policy folds it, and loads it; `release` ends that.
 
-        Raises AdapterUnsupported or DeltaLost if the policy demands a mode that the adapter does not have.
+        Raises AdapterUnsupported or DeltaLost if the policy demands a mode that the adapter does not have, or
+        DeviceFull.
         """
-        bound = reading.bound
+        bound, policy = reading.bound, wanted.policy
         if policy is PolicyKind.UNMERGED and bound.route_refusal is not None:
             raise AdapterUnsupported(f"the adapter cannot run unmerged: {bound.route_refusal}; deploy it merged")
         folding = Folding(refusal=bound.fold_refusal)
@@ -142,13 +231,23 @@ class Staging:
             await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
         elif folding.refusal is not None and policy is PolicyKind.AUTO:
             log.warning("adapter stays unmerged", adapter=bound.digest, reason=folding.refusal)
-        await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.acquire(bound)))
+        await self._acquire(reading, pinned=wanted.pinned)
         tell(Progress(stage=Stage.STAGED))
-        return Staged(reading=reading, folding=folding)
+        facts = Facts.of(bound, self._manager.extra_bytes(bound))
+        return Staged(facts=facts, origin=reading.origin, folding=folding, pinned=wanted.pinned)
+
+    async def _acquire(self, reading: Reading, *, pinned: bool) -> None:
+        """Stages the adapter beside the engine's steps; only the rest is done between two of them."""
+        source, residents = reading.origin.source, self._engine.residents
+        bound = await in_own_thread(self._manager.pinned, reading.bound)
+        staged = await in_own_thread(self._manager.stage, bound)
+        work = partial(residents.acquire, bound, source, staged=staged, pinned=pinned)
+        await asyncio.wrap_future(self._engine.call(work))
 
     def release(self, staged: Staged) -> None:
         """One deployment less points at it: it leaves the device when its last request has ended."""
-        self._engine.call(lambda: self._engine.weights.release(staged.bound.digest))
+        digest, pinned = staged.facts.digest, staged.pinned
+        self._engine.call(lambda: self._engine.residents.release(digest, pinned=pinned))
 
     async def departing(self, digest: str) -> AsyncGenerator[int, None]:
         """How many requests still run on an adapter, now and whenever that changes; ends once its memory is free.

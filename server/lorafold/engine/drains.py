@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 
+from lorafold.engine.residents import Residents
 from lorafold.engine.rows import Row
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
@@ -63,8 +64,11 @@ class Drained:
 class Drains:
     """At most one order is under way."""
 
-    def __init__(self, scheduler: Scheduler, weights: WeightsControl, now: Callable[[], float]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, weights: WeightsControl, residents: Residents, now: Callable[[], float]
+    ) -> None:
         self._scheduler = scheduler
+        self._residents = residents
         self._weights = weights
         self._now = now
         self._order: Order | None = None
@@ -93,11 +97,13 @@ class Drains:
         """
         if self._order is not None:
             raise FoldInProgress("another call is changing what is folded: wait for it, or cancel it, and try again")
-        self._weights.refuse_fold(order.folded)
+        if order.folded is not None:
+            self._residents.require(order.folded)
+            self._weights.refuse_fold(order.folded)
         started = [row for row in self._scheduler.rows if row.admitted]
         stuck = [row for row in started if not order.runs(row)]
         if order.mode is DrainMode.TWO_PATH:
-            self._moved = dict.fromkeys(row for row in stuck if self._weights.runs_beside(row.request.adapter))
+            self._moved = dict.fromkeys(row for row in stuck if self._residents.runs_beside(row.request.adapter))
             for row in self._moved:
                 self._scheduler.move(row, PolicyKind.UNMERGED)
         leave = order.mode is DrainMode.PARK
@@ -112,7 +118,7 @@ class Drains:
         if order is None:
             return
         self._rows = {row: None for row in self._rows if not row.ended}
-        if not self._rows:
+        if not self._rows and self._there(order.folded):
             self._carry_out(order)
         elif order.until is not None and self._now() > order.until:
             self.give_up(
@@ -121,6 +127,12 @@ class Drains:
                     "park them (drain mode 'park')"
                 )
             )
+
+    def _there(self, folded: Side) -> bool:
+        """True if the adapter is on the device; has it brought otherwise."""
+        if folded is not None and not self._residents.here(folded):
+            self._residents.bring([folded])
+        return self._residents.here(folded)
 
     def give_up(self, error: LorafoldError) -> None:
         """Ends the present order, if there is one; nothing was changed."""

@@ -19,6 +19,7 @@ from lorafold.engine.drains import Drained, Drains, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
 from lorafold.engine.observer import Observer, mode_of, observe
+from lorafold.engine.residents import Residents
 from lorafold.engine.rows import Part, Row
 from lorafold.engine.runner import Piece, Runner
 from lorafold.engine.sampling import Chosen, sample
@@ -43,6 +44,7 @@ class Engine:
         *,
         runner: Runner,
         weights: WeightsControl,
+        residents: Residents,
         scheduler: Scheduler,
         vocabulary: Vocabulary,
         observer: Observer,
@@ -56,6 +58,9 @@ class Engine:
         """
         self.weights = weights
         """Only for functions handed to `call`."""
+        self.residents = residents
+        """Likewise."""
+        residents.changed, residents.give_back = scheduler.refresh, weights.give_back
         self._runner = runner
         self._scheduler = scheduler
         self._vocabulary = vocabulary
@@ -66,7 +71,7 @@ class Engine:
         self._inbox = Inbox()
         self._deadlines = Deadlines()
         self._start_times = StartTimes()
-        self._drains = Drains(scheduler, weights, self.now)
+        self._drains = Drains(scheduler, weights, residents, self.now)
         self._departures = Departures()
         self._stopping = False
         self._idle = True
@@ -164,7 +169,7 @@ class Engine:
     def _accept(self, request: Request, sink: Sink, stalled: Stalled) -> None:
         try:
             if request.adapter is not None:
-                self.weights.require(request.adapter)
+                self.residents.require(request.adapter)
             rows = self._vocabulary.rows(request, sink, stalled)
             self._count_waits()
             self._refuse_late(rows[0])
@@ -200,6 +205,12 @@ class Engine:
         except LorafoldError as error:
             done.set_exception(error)
 
+    def lost(self, adapter: str, error: LorafoldError) -> None:
+        """An adapter could not be brought: its requests fail. On the engine's thread."""
+        self.residents.failed(adapter)
+        for row in [row for row in self._scheduler.rows if row.request.adapter == adapter]:
+            self._fail(row, error)
+
     def _expire(self) -> None:
         for row in self._deadlines.passed(self.now()):
             held, remedy = self.weights.held, "allow more time or fewer max_tokens"
@@ -212,9 +223,10 @@ class Engine:
             self._scheduler.check_integrity()
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
         held = self.weights.held
-        self.weights.sweep(self._scheduler.adapters)
+        if not self.weights.damaged:
+            self.residents.sweep(self._scheduler.adapters)
         self._idle = self._idle and self.weights.held == held
-        self._departures.look(self._scheduler, self.weights.leaving)
+        self._departures.look(self._scheduler, self.residents.leaving)
 
     def _patience(self) -> float | None:
         """How long to wait for a command: not at all while rows run, and else until a deadline passes."""
@@ -230,6 +242,7 @@ class Engine:
             self._answers.tell_rest()
             self._drains.advance()
             self._heal()
+        self.residents.bring(self._scheduler.lacking())
         ready = self._scheduler.ready()
         self._idle = not ready
         if self._idle:

@@ -6,7 +6,8 @@ cache. If running rows outgrow it, the one that started last gives up its room a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 from lorafold.engine.fair_queue import FairQueue
 from lorafold.engine.groups import Groups
@@ -16,12 +17,31 @@ from lorafold.errors import InvalidField, KvFull, QueueFull
 from lorafold_adapters.policy import Cause, Group, Plan, PolicyKind
 
 
+class Adapters(Protocol):
+    """Which adapters can be used now."""
+
+    def takes(self, digest: str | None) -> bool:
+        """True if rows of this adapter may start."""
+        ...
+
+    def use(self, digest: str | None) -> None:
+        """A row of it has started."""
+        ...
+
+    def unuse(self, digest: str | None) -> None:
+        """A row of it has no place any more."""
+        ...
+
+
 class Scheduler:
     """At most `max_batch` rows run in a step, at most `max_waiting` wait."""
 
-    def __init__(self, *, pool: PagePool, max_batch: int, max_waiting: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, *, pool: PagePool, adapters: Adapters, max_batch: int, max_waiting: int, prefill_tokens: int
+    ) -> None:
         """`prefill_tokens`: how many tokens a step runs at most, those that decode included, which all run."""
         self.pool = pool
+        self._adapters = adapters
         self.max_batch = max_batch
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
@@ -38,6 +58,8 @@ class Scheduler:
         """What `ready` found, until something changes that."""
         self._ready_at = -1
         """Pages that were available then."""
+        self._lacking: dict[str, None] = {}
+        """Adapters without which rows that were next then could not start."""
         self.preemptions = 0
         """How often a row gave up its room."""
 
@@ -118,11 +140,21 @@ class Scheduler:
         """
         available = self.pool.available
         if self._ready is None or self._ready_at != available:
+            self._lacking = {}
             groups = {row.group for row in self._running if self._may(row)}
             groups.update(row.group for row in self._startable())
             self._ready = {group: self._groups.rows(group) for group in self._groups if group in groups}
             self._ready_at = available
         return self._ready
+
+    def lacking(self) -> Iterable[str]:
+        """Adapters without which rows cannot start that would be next, the most urgent one first."""
+        self.ready()
+        return self._lacking
+
+    def refresh(self) -> None:
+        """Other adapters can be used than before."""
+        self._ready = None
 
     def admit(self, plan: Plan, now: float) -> None:
         """Starts rows that run under this plan, as far as there is room.
@@ -141,7 +173,8 @@ class Scheduler:
     def _next(self, plan: Plan) -> Row | None:
         if plan.cause is not Cause.HELD:
             return next((row for row in self._startable() if plan.runs(row.group)), None)
-        row = next((row for row in self._waiting.heads() if plan.runs(row.group) and not self._limited(row)), None)
+        heads = (row for row in self._waiting.heads() if plan.runs(row.group) and not self._limited(row))
+        row = next((row for row in heads if self._can_use(row)), None)
         while row is not None and not self._fits(row):
             parked = [other for other in self._running if not plan.runs(other.group)]
             if not parked:
@@ -152,11 +185,18 @@ class Scheduler:
     def _startable(self) -> Iterator[Row]:
         """Rows that could start now, whoever's turn it is; nobody behind one that waits for room."""
         for row in self._waiting.heads():
-            if self._limited(row) or not self._may(row):
+            if self._limited(row) or not self._may(row) or not self._can_use(row):
                 continue
             if not self._fits(row):
                 return
             yield row
+
+    def _can_use(self, row: Row) -> bool:
+        digest = row.request.adapter
+        takes = self._adapters.takes(digest)
+        if not takes and digest is not None:
+            self._lacking[digest] = None
+        return takes
 
     def _may(self, row: Row) -> bool:
         return self._only is None or row in self._only
@@ -184,11 +224,13 @@ class Scheduler:
         self.pool.grow(holding, len(row.tokens), at_most=row.at_most)
         row.holding, row.cached = holding, holding.sealed * self.pool.size
         self._running[row] = None
+        self._adapters.use(row.request.adapter)
         self._by_deployment[row.request.deployment] += 1
         self._ready = None
 
     def _free(self, row: Row) -> None:
         del self._running[row]
+        self._adapters.unuse(row.request.adapter)
         self._by_deployment[row.request.deployment] -= 1
         assert row.holding is not None
         self.pool.release(row.holding)

@@ -1,8 +1,7 @@
-"""What the engine thread does to the model's weights between steps: turns of the policy, calls of an operator, and
-adapters that come and go. Knows no requests, only how many there are of each kind.
+"""What the engine thread does to the model's weights between steps: turns of the policy and calls of an operator. Knows
+no requests, only how many there are of each kind.
 """
 
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -15,9 +14,8 @@ from torch import nn
 from lorafold.engine.weights_state import Change, Transition, Verification, WeightsObserver, WeightsState
 from lorafold.errors import BaseReloading
 from lorafold_adapters import AdapterManager, FoldState
-from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.costs import Costs
-from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, LorafoldError
+from lorafold_adapters.errors import BaseCorrupt, LorafoldError
 from lorafold_adapters.policy import Cause, Group, Hold, Plan, Policy, PolicyKind, QueueView, Side
 
 log = structlog.get_logger(__name__)
@@ -49,7 +47,6 @@ class WeightsControl:
         """The present plan; None before the first."""
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
         """The latest change first."""
-        self._wanted: Counter[str] = Counter()
         self._hold: Hold | None = None
         self._unfoldable: set[str | None] = set()
         """Adapters whose fold failed: from then on `auto` leaves them unmerged."""
@@ -139,13 +136,9 @@ class WeightsControl:
 
     def refuse_fold(self, adapter: Side) -> None:
         """Raises what folding this adapter would raise, as far as that can be known before."""
-        if adapter is not None:
-            self.require(adapter)
-            self._manager.gate.check(self._manager.adapters[adapter])
-
-    def runs_beside(self, adapter: str | None) -> bool:
-        """True if rows of this adapter can run unmerged."""
-        return adapter is None or self._manager.adapters[adapter].route_refusal is None
+        bound = self._manager.adapters.get(adapter) if adapter is not None else None
+        if bound is not None:
+            self._manager.gate.check(bound)
 
     def obey(self, folded: Side, *, hold: bool) -> Change:
         """Folds an adapter or gives the base back, over the policy; keeps it so if `hold`.
@@ -177,46 +170,16 @@ class WeightsControl:
         base = self._manager.base
         return Verification(tensors=len(base.tensors), mismatched=tuple(mismatched), base_fingerprint=base.digest)
 
-    def acquire(self, bound: BoundAdapter) -> None:
-        """One more deployment points at this adapter; it is put on the device if it is not there yet."""
-        if bound.digest not in self._manager.adapters:
-            self._manager.load(bound.digest, bound)
-            if extra := self._manager.extra_bytes(bound):
-                log.info("folding this adapter takes memory beside the base", adapter=bound.digest, bytes=extra)
-        self._wanted[bound.digest] += 1
-
-    def release(self, adapter: str) -> None:
-        """One deployment less points at this adapter."""
-        self._wanted[adapter] -= 1
-
-    def sweep(self, used: set[str]) -> None:
-        """Drops the adapters that no deployment points at and no row uses; on a damaged base, later."""
+    def give_back(self, adapter: str) -> None:
+        """Makes sure that an adapter is not in the weights, as it is to leave the device. Raises BaseCorrupt."""
         if self.damaged:
-            return
-        for adapter in [name for name, count in self._wanted.items() if count <= 0]:
-            if self._hold == Hold(adapter):
-                self._hold = None
-                log.info("hold released: no deployment points at the held adapter any more", adapter=adapter)
-            if adapter in used:
-                continue
-            if self._manager.fold_state.folded == adapter:
-                with contextlib.suppress(BaseCorrupt):
-                    self._change(None, "no deployment points at the folded adapter any more")
-            if self.damaged:
-                return
-            self._manager.drop(adapter)
-            self._unfoldable.discard(adapter)
-            log.info("adapter dropped", adapter=adapter)
-            del self._wanted[adapter]
-
-    def leaving(self, adapter: str) -> bool:
-        """True while an adapter that no deployment points at is still on the device."""
-        return self._wanted.get(adapter, 1) <= 0
-
-    def require(self, adapter: str) -> None:
-        """Raises AdapterNotLoaded if the adapter was dropped."""
-        if adapter not in self._manager.adapters:
-            raise AdapterNotLoaded(f"adapter {adapter[:12]} was removed while the request was on its way: try again")
+            raise BaseCorrupt(self._reason)
+        if self._hold == Hold(adapter):
+            self._hold = None
+            log.info("hold released: the held adapter is dropped", adapter=adapter)
+        if self._manager.fold_state.folded == adapter:
+            self._change(None, "the folded adapter leaves the device")
+        self._unfoldable.discard(adapter)
 
     def _change(self, adapter: str | None, reason: str, *, loud: bool = True) -> Change:
         if self.damaged:

@@ -138,14 +138,14 @@ def message_of(deployment: Deployment) -> pb.Deployment:
 def served_of(staged: Staged) -> pb.Deployment:
     """What clients see of an adapter that is served."""
     return pb.Deployment(
-        adapter_kind=staged.bound.kind,
-        bound_modules=staged.bound.bound,
-        adapter_modules=staged.bound.targeted,
-        base_match=MATCHES[staged.reading.match],
+        adapter_kind=staged.facts.kind,
+        bound_modules=staged.facts.bound,
+        adapter_modules=staged.facts.targeted,
+        base_match=MATCHES[staged.origin.match],
         fidelity=fidelity_of(staged.folding.fidelity),
         fold_refusal=staged.folding.refusal,
-        route_refusal=staged.bound.route_refusal,
-        unmerged_error=staged.bound.route_error,
+        route_refusal=staged.facts.route_refusal,
+        unmerged_error=staged.facts.route_error,
     )
 
 

@@ -39,6 +39,8 @@ class InFlight:
 
     async def emptied(self, seconds: float) -> bool:
         """Waits until no call is in flight; False if some still are after so many seconds."""
+        if not self._calls:
+            return True
         try:
             await asyncio.wait_for(self._empty.wait(), seconds)
         except TimeoutError:

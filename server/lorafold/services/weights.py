@@ -61,9 +61,9 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             if request.deployment in ("", BASE):
                 raise InvalidField("deployment", "name a deployment with an adapter: the base has nothing to fold")
             served = self._deployments.get(request.deployment).served
-            if served.bound.fold_refusal is not None:
-                raise AdapterUnsupported(f"the adapter cannot be folded: {served.bound.fold_refusal}")
-            done = await self._obeyed(request, context, served.bound.digest, hold=True)
+            if served.facts.fold_refusal is not None:
+                raise AdapterUnsupported(f"the adapter cannot be folded: {served.facts.fold_refusal}")
+            done = await self._obeyed(request, context, served.facts.digest, hold=True)
             fidelity = served.folding.fidelity
             return pb.MergeAdapterResponse(
                 fold_state=self._message(done.change.state),

@@ -1,0 +1,275 @@
+"""Which adapters are on the device, who needs them there, and who makes room. On the engine's thread, between steps.
+
+An adapter that deployments point at, or requests in flight need, is known; its tensors are on the device, in host
+memory, or on disk only. Rows start when their adapter is on the device, and hold it there as long as they have a place.
+One that is wanted gets its place first and is brought by somebody else meanwhile (`Fetch`): steps go on.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import structlog
+
+from lorafold.recipes import Source
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, DeviceFull, LorafoldError
+from lorafold_adapters.residency import Limits, Residency
+from lorafold_adapters.staging import Staged
+
+log = structlog.get_logger(__name__)
+
+
+class Fetch(Protocol):
+    """Brings an adapter, in its own time: `arrived` or `failed` is called then. Must not block."""
+
+    def __call__(self, digest: str, source: Source, bound: BoundAdapter | None) -> object:
+        """`bound`: its copy in host memory; None: it must be read from `source`."""
+        ...
+
+
+class Residents:
+    """All known adapters."""
+
+    def __init__(self, manager: AdapterManager, limits: Limits) -> None:
+        self._manager = manager
+        self._limits = limits
+        self._same_memory = manager.model.device.type == "cpu"
+        self._residency = Residency(limits, device_is_host=self._same_memory)
+        self._wanted: Counter[str] = Counter()
+        """Deployments that point at each."""
+        self._unwanted: set[str] = set()
+        """Those that no deployment points at any more."""
+        self._pins: Counter[str] = Counter()
+        self._sources: dict[str, Source] = {}
+        self._routable: set[str] = set()
+        self._host: dict[str, BoundAdapter] = {}
+        self._here: dict[str, None] = {}
+        """Those on the device, in the order in which they came."""
+        self._coming: set[str] = set()
+        self._reserved: set[str] = set()
+        """Those that came for rows which have not started yet."""
+        self._leaving: str | None = None
+        """One that rows hold, and that takes no more of them, so that another one gets its place."""
+        self.fetch: Fetch | None = None
+        """Who brings adapters; without one, only those are served that are on the device."""
+        self.changed: Callable[[], object] = lambda: None
+        """Called whenever other rows may start than before."""
+        self.give_back: Callable[[str], object] = lambda _: None
+        """Called before an adapter leaves the device: it must not be in the weights then. Raises BaseCorrupt."""
+
+    # What deployments want.
+
+    def acquire(
+        self, bound: BoundAdapter, source: Source, *, staged: Staged | None = None, pinned: bool = False
+    ) -> None:
+        """One more deployment points at this adapter; it goes on the device if there is room, or can be made.
+
+        Raises DeviceFull if it can never fit, or if too many are pinned.
+        """
+        digest = bound.digest
+        if pinned:
+            self._refuse_too_many_pinned(digest)
+        if digest not in self._residency:
+            self._residency.add(digest, host_bytes=bound.nbytes, device_bytes=self._manager.device_bytes(bound))
+        self._unwanted.discard(digest)
+        self._sources[digest] = source
+        if bound.route_refusal is None:
+            self._routable.add(digest)
+        try:
+            self._keep_on_host(bound)
+            if digest not in self._residency.device and self._take_place(digest):
+                self._load(digest, staged or bound)
+        except LorafoldError:
+            if not self._wanted[digest]:
+                self._unwanted.add(digest)
+            raise
+        self._wanted[digest] += 1
+        if pinned:
+            self._pins[digest] += 1
+            self._residency.use(digest)
+            self.bring([digest])
+
+    def release(self, digest: str, *, pinned: bool = False) -> None:
+        """One deployment less points at this adapter."""
+        self._wanted[digest] -= 1
+        if pinned:
+            self._pins[digest] -= 1
+            self._residency.unuse(digest)
+        if not self._wanted[digest]:
+            del self._wanted[digest]
+            self._unwanted.add(digest)
+
+    def sweep(self, needed: set[str]) -> None:
+        """Forgets the adapters that no deployment points at and no row needs, and reservations that nobody uses."""
+        for digest in [found for found in self._reserved - self._coming if found not in needed]:
+            self._unreserve(digest)
+        for digest in [found for found in self._unwanted - self._coming if found not in needed]:
+            if digest in self._residency.device and not self._evict(digest):
+                return
+            if digest in self._residency.host:
+                self._leave_host(digest)
+            self._residency.remove(digest)
+            self._unwanted.discard(digest)
+            self._routable.discard(digest)
+            del self._sources[digest]
+            log.info("adapter dropped", adapter=digest)
+
+    def leaving(self, digest: str) -> bool:
+        """True while an adapter that no deployment points at is still there."""
+        return digest in self._unwanted
+
+    def require(self, digest: str) -> None:
+        """Raises AdapterNotLoaded if the adapter was dropped."""
+        if digest not in self._sources:
+            raise AdapterNotLoaded(f"adapter {digest[:12]} was removed while the request was on its way: try again")
+
+    def bound(self, digest: str) -> BoundAdapter | None:
+        """The adapter, if it is in any memory."""
+        return self._host.get(digest) or self._manager.adapters.get(digest)
+
+    def runs_beside(self, digest: str | None) -> bool:
+        """True if rows of this adapter can run unmerged."""
+        return digest is None or digest in self._routable
+
+    # What rows need.
+
+    def here(self, digest: str | None) -> bool:
+        """True if the adapter is on the device."""
+        return digest is None or digest in self._here
+
+    def takes(self, digest: str | None) -> bool:
+        """True if rows of this adapter may start."""
+        return digest is None or (digest in self._here and digest != self._leaving)
+
+    def use(self, digest: str | None) -> None:
+        """A row of this adapter has started."""
+        if digest is not None:
+            self._residency.use(digest)
+            if digest in self._reserved:
+                self._unreserve(digest)
+
+    def unuse(self, digest: str | None) -> None:
+        """A row of this adapter has no place any more."""
+        if digest is not None:
+            self._residency.unuse(digest)
+
+    def bring(self, lacking: Iterable[str]) -> None:
+        """Has adapters brought for rows that wait for them, in this order, as far as there is room for them."""
+        missing = [digest for digest in lacking if digest not in self._residency.device]
+        if not missing:
+            self._leave_no_more()
+        for digest in missing:
+            if not self._take_place(digest):
+                self._let_one_leave()
+                return
+            self._coming.add(digest)
+            self._reserve(digest)
+            assert self.fetch is not None, "nobody brings adapters"
+            self.fetch(digest, self._sources[digest], self._host.get(digest))
+
+    # What becomes of those that were fetched.
+
+    def arrived(self, bound: BoundAdapter, staged: Staged) -> None:
+        """It was brought. Raises DeviceFull if it cannot be loaded after all: `failed` follows."""
+        self._coming.discard(bound.digest)
+        self._load(bound.digest, staged)
+        if bound.digest in self._residency.host:
+            self._host[bound.digest] = bound
+        else:
+            self._keep_on_host(bound)
+
+    def failed(self, digest: str) -> None:
+        """It could not be brought."""
+        self._coming.discard(digest)
+        self._unreserve(digest)
+        if digest in self._residency.device:
+            self._residency.left_device(digest)
+        if digest in self._residency.host and digest not in self._host:
+            self._residency.left_host(digest)
+        self.changed()
+
+    # Room.
+
+    def _take_place(self, digest: str) -> bool:
+        """Makes room on the device and takes it; False if those in use fill it. Raises BaseCorrupt."""
+        victims = self._residency.room_on_device(digest)
+        if victims is None or not all(self._evict(victim) for victim in victims):
+            return False
+        if self._same_memory and digest not in self._residency.host and not self._take_host_place(digest):
+            return False
+        self._residency.placed_on_device(digest)
+        return True
+
+    def _take_host_place(self, digest: str) -> bool:
+        victims = self._residency.room_on_host(digest)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._leave_host(victim)
+        self._residency.placed_on_host(digest)
+        return True
+
+    def _keep_on_host(self, bound: BoundAdapter) -> None:
+        if bound.digest not in self._residency.host and self._take_host_place(bound.digest):
+            self._host[bound.digest] = bound
+
+    def _leave_host(self, digest: str) -> None:
+        self._residency.left_host(digest)
+        self._host.pop(digest, None)
+
+    def _load(self, digest: str, adapter: BoundAdapter | Staged) -> None:
+        try:
+            self._manager.load(digest, adapter)
+        except LorafoldError:
+            self._residency.left_device(digest)
+            raise
+        self._here[digest] = None
+        self.changed()
+
+    def _evict(self, digest: str) -> bool:
+        """Takes an adapter off the device; False if it is in a base that is damaged."""
+        try:
+            self.give_back(digest)
+        except BaseCorrupt:
+            return False
+        if digest in self._here:
+            self._manager.drop(digest)
+            del self._here[digest]
+        self._residency.left_device(digest)
+        if self._leaving == digest:
+            self._leaving = None
+        self.changed()
+        return True
+
+    def _let_one_leave(self) -> None:
+        """The one with the fewest rows takes no more of them, or popular ones would keep others out for ever."""
+        if self._leaving is not None:
+            return
+        held = [digest for digest in self._here if not self._pins[digest] and digest not in self._reserved]
+        if held:
+            self._leaving = min(held, key=self._residency.uses)
+            self.changed()
+
+    def _leave_no_more(self) -> None:
+        if self._leaving is not None:
+            self._leaving = None
+            self.changed()
+
+    def _reserve(self, digest: str) -> None:
+        self._reserved.add(digest)
+        self._residency.use(digest)
+
+    def _unreserve(self, digest: str) -> None:
+        if digest in self._reserved:
+            self._reserved.discard(digest)
+            self._residency.unuse(digest)
+
+    def _refuse_too_many_pinned(self, digest: str) -> None:
+        pinned = {found for found, count in self._pins.items() if count} | {digest}
+        if len(pinned) >= self._limits.device_slots:
+            raise DeviceFull(
+                f"{len(pinned)} adapters would be pinned, and residency.device_slots is {self._limits.device_slots}, "
+                "of which one must stay free for the others: pin fewer, or raise it"
+            )
