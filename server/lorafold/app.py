@@ -33,12 +33,15 @@ from lorafold_adapters.checkpoint import read_options
 from lorafold_adapters.errors import AdapterError
 
 log = structlog.get_logger(__name__)
-PENDING = 1_000_000
-"""Calls that may wait for Python to look at them: beyond, gRPC itself cancels them, at 1000 unless told otherwise."""
+PENDING, PATIENCE = 1_000_000, 3600
+"""Calls that may wait for Python to look at them, and for how many seconds: gRPC cancels what is beyond (at 1000, and
+after 30 s, unless told otherwise), and nobody would know why.
+"""
 OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server.max_pending_requests", PENDING),
     ("grpc.server.max_pending_requests_hard_limit", PENDING),
+    ("grpc.server_max_unrequested_time_in_server", PATIENCE),
 )
 LAST_WORDS = 1.0
 """Seconds in which calls may still be told why they end."""

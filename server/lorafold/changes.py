@@ -27,6 +27,7 @@ class Change:
     priority: int | None = None
     max_concurrency: int | None = None
     """0: as many as there is room for."""
+    pinned: bool | None = None
 
     @property
     def empty(self) -> bool:
@@ -37,7 +38,7 @@ class Change:
         """The settings after it."""
         if self.source is not None:
             wanted = wanted.with_source(self.source)
-        new: dict[str, object] = {"policy": self.policy, "priority": self.priority}
+        new: dict[str, object] = {"policy": self.policy, "priority": self.priority, "pinned": self.pinned}
         new = {key: value for key, value in new.items() if value is not None}
         if self.max_concurrency is not None:
             new["max_concurrency"] = self.max_concurrency or None

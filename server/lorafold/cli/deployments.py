@@ -16,13 +16,14 @@ POLICIES = click.Choice(["merged", "unmerged", "auto"])
 etag_option = click.option("--etag", default="", help="Only if the deployment still has this etag.")
 
 
-def number_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Who comes first, and how many at once."""
+def setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Who comes first, how many at once, and who stays on the device."""
     priority = click.option("--priority", type=int, help="Requests of deployments with a higher one start first.")
     limit = click.option(
         "--max-concurrency", type=click.IntRange(min=0), help="Completions that run at once; 0: no limit of its own."
     )
-    return priority(limit(command))
+    pinned = click.option("--pinned/--not-pinned", default=None, help="Keep the adapter on the device.")
+    return priority(limit(pinned(command)))
 
 
 @click.group()
@@ -73,7 +74,7 @@ def get(name: str, as_json: bool, address: str) -> None:
 @click.argument("name")
 @source_options
 @click.option("--policy", type=POLICIES, default="auto", show_default=True)
-@number_options
+@setting_options
 @json_option
 @address_option
 def create(
@@ -81,6 +82,7 @@ def create(
     policy: str,
     priority: int | None,
     max_concurrency: int | None,
+    pinned: bool | None,
     as_json: bool,
     address: str,
     **source: Any,
@@ -88,7 +90,9 @@ def create(
     """Make NAME callable."""
     from lorafold.v1 import deployment_pb2 as pb
 
-    wanted = pb.Deployment(name=name, policy=policy_value(policy), priority=priority, max_concurrency=max_concurrency)
+    wanted = pb.Deployment(
+        name=name, policy=policy_value(policy), priority=priority, max_concurrency=max_concurrency, pinned=pinned
+    )
     if not set_source(wanted, source):
         raise click.UsageError("nothing to serve: give --adapter or --compose")
     with connected(address) as client:
@@ -100,7 +104,7 @@ def create(
 @click.argument("name")
 @source_options
 @click.option("--policy", type=POLICIES, help="Change the policy.")
-@number_options
+@setting_options
 @etag_option
 @click.option("--wait", is_flag=True, help="Show how far it is, and wait until the adapter of before is gone.")
 @json_option
@@ -110,6 +114,7 @@ def update(
     policy: str | None,
     priority: int | None,
     max_concurrency: int | None,
+    pinned: bool | None,
     etag: str,
     wait: bool,
     as_json: bool,
@@ -120,7 +125,7 @@ def update(
     from lorafold.cli.updates import followed
     from lorafold.v1 import deployment_pb2 as pb
 
-    wanted = pb.Deployment(name=name, etag=etag, priority=priority, max_concurrency=max_concurrency)
+    wanted = pb.Deployment(name=name, etag=etag, priority=priority, max_concurrency=max_concurrency, pinned=pinned)
     if not set_source(wanted, source) and (policy, priority, max_concurrency) == (None, None, None):
         raise click.UsageError(
             "nothing to change: give --adapter, --compose, --policy, --priority or --max-concurrency"
@@ -177,6 +182,7 @@ def as_dict(item: "Deployment") -> dict[str, object]:
         "policy": Policy.Name(item.policy).removeprefix("POLICY_").lower(),
         "priority": item.priority,
         "max_concurrency": item.max_concurrency or None,
+        "pinned": item.pinned,
         "adapter": in_words(item),
         "adapter_digest": item.adapter_digest,
         "kind": item.adapter_kind,

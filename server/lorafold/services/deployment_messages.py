@@ -1,6 +1,7 @@
 """`lorafold.v1.Deployment`, and what asks for one, to our own data and back."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -40,8 +41,8 @@ STAGES = {
     Stage.SWITCHED: pb.UPDATE_STAGE_SWITCHED,
     Stage.DRAINING: pb.UPDATE_STAGE_DRAINING,
 }
-NUMBERS = ("priority", "max_concurrency")
-MASK = ("adapter_path", "composition", "policy", *NUMBERS)
+SETTINGS = ("priority", "max_concurrency", "pinned")
+MASK = ("adapter_path", "composition", "policy", *SETTINGS)
 
 
 def wanted_of(message: pb.Deployment) -> DeploymentConfig:
@@ -49,8 +50,7 @@ def wanted_of(message: pb.Deployment) -> DeploymentConfig:
     policy, source = policy_of(message.policy) or PolicyKind.AUTO, source_of(message)
     check_name(message.name)
     wanted = DeploymentConfig(name=message.name, adapter="", policy=policy).with_source(source)
-    numbers = numbers_of(message)
-    return Change(priority=numbers.get("priority"), max_concurrency=numbers.get("max_concurrency")).applied(wanted)
+    return settings_of(message, SETTINGS).applied(wanted)
 
 
 def change_of(request: pb.UpdateDeploymentRequest | pb.StreamUpdateDeploymentRequest) -> Change:
@@ -65,23 +65,24 @@ def change_of(request: pb.UpdateDeploymentRequest | pb.StreamUpdateDeploymentReq
     source = new_source(wanted, mask)
     if "policy" in mask and policy is None:
         raise InvalidField("deployment.policy", "is in the update mask but not set: set it")
-    numbers = {name: value for name, value in numbers_of(wanted).items() if not mask or name in mask}
-    if missing := [name for name in NUMBERS if name in mask and name not in numbers]:
+    if missing := [name for name in SETTINGS if name in mask and not wanted.HasField(name)]:
         raise InvalidField(f"deployment.{missing[0]}", "is in the update mask but not set: set it")
-    change = Change(
-        source=source,
-        policy=policy,
-        priority=numbers.get("priority"),
-        max_concurrency=numbers.get("max_concurrency"),
-    )
+    change = replace(settings_of(wanted, mask or SETTINGS), source=source, policy=policy)
     if change.empty:
         raise InvalidField("deployment", f"changes nothing: set one of {', '.join(MASK)}")
     return change
 
 
-def numbers_of(message: pb.Deployment) -> dict[str, int]:
-    """The numbers that are set."""
-    return {name: getattr(message, name) for name in NUMBERS if message.HasField(name)}
+def settings_of(message: pb.Deployment, names: Sequence[str]) -> Change:
+    """Those of `SETTINGS` that are named and set."""
+    change = Change()
+    if "priority" in names and message.HasField("priority"):
+        change = replace(change, priority=message.priority)
+    if "max_concurrency" in names and message.HasField("max_concurrency"):
+        change = replace(change, max_concurrency=message.max_concurrency)
+    if "pinned" in names and message.HasField("pinned"):
+        change = replace(change, pinned=message.pinned)
+    return change
 
 
 def policy_of(value: int) -> PolicyKind | None:
@@ -123,6 +124,7 @@ def message_of(deployment: Deployment) -> pb.Deployment:
         policy=POLICIES[deployment.wanted.policy],
         priority=deployment.wanted.priority,
         max_concurrency=deployment.wanted.max_concurrency,
+        pinned=deployment.wanted.pinned,
         adapter_digest=deployment.digest,
         etag=record.etag,
         create_time=created,

@@ -70,7 +70,7 @@ UPDATE_STAGE_SWITCHED: UpdateStage
 UPDATE_STAGE_DRAINING: UpdateStage
 
 class Deployment(_message.Message):
-    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal", "composition", "unmerged_error", "not_served", "previous", "priority", "max_concurrency")
+    __slots__ = ("name", "adapter_path", "policy", "adapter_digest", "adapter_kind", "bound_modules", "adapter_modules", "etag", "create_time", "update_time", "base_match", "fidelity", "fold_refusal", "route_refusal", "composition", "unmerged_error", "not_served", "previous", "priority", "max_concurrency", "pinned")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class Deployment(_message.Message):
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     MAX_CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
     adapter_path: str
     policy: Policy
@@ -111,7 +112,8 @@ class Deployment(_message.Message):
     previous: PreviousVersion
     priority: int
     max_concurrency: int
-    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ..., composition: _Optional[_Union[Composition, _Mapping]] = ..., unmerged_error: _Optional[float] = ..., not_served: _Optional[str] = ..., previous: _Optional[_Union[PreviousVersion, _Mapping]] = ..., priority: _Optional[int] = ..., max_concurrency: _Optional[int] = ...) -> None: ...
+    pinned: bool
+    def __init__(self, name: _Optional[str] = ..., adapter_path: _Optional[str] = ..., policy: _Optional[_Union[Policy, str]] = ..., adapter_digest: _Optional[str] = ..., adapter_kind: _Optional[str] = ..., bound_modules: _Optional[int] = ..., adapter_modules: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[_Union[BaseMatch, str]] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., fold_refusal: _Optional[str] = ..., route_refusal: _Optional[str] = ..., composition: _Optional[_Union[Composition, _Mapping]] = ..., unmerged_error: _Optional[float] = ..., not_served: _Optional[str] = ..., previous: _Optional[_Union[PreviousVersion, _Mapping]] = ..., priority: _Optional[int] = ..., max_concurrency: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
 
 class PreviousVersion(_message.Message):
     __slots__ = ("adapter_path", "composition", "policy", "adapter_digest")
