@@ -36,19 +36,27 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def server_config(folder: Path, device: torch.device, work: Work) -> Config:
-    """A server for exactly this work on the model in `folder`."""
-    content = {
+def server_config(folder: Path, device: torch.device, **tables: Any) -> Config:
+    """A server on the model in `folder`, with these tables in its file; it remembers nothing."""
+    return parse_config({**server_tables(folder, device), **tables}, folder / "lorafold.toml")
+
+
+def server_tables(folder: Path, device: torch.device) -> dict[str, Any]:
+    """What every file of a server that is measured has."""
+    return {
         "base": {"model": str(folder), "device": str(device)},
         "server": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0", "state_file": ""},
-        "engine": {
-            "max_batch": work.rows,
-            "max_context": work.context,
-            "prefill_tokens": work.rows * len(work.prompts[0]),
-        },
-        "identity": {"cache": str(folder / "fingerprints")},
+        "identity": {"cache": str(folder / "fingerprints"), "unstamped": "allow"},
     }
-    return parse_config(content, folder / "lorafold.toml")
+
+
+def room_for(work: Work) -> dict[str, int]:
+    """`[engine]` for exactly this work."""
+    return {
+        "max_batch": work.rows,
+        "max_context": work.context,
+        "prefill_tokens": work.rows * len(work.prompts[0]),
+    }
 
 
 @contextmanager
@@ -78,9 +86,9 @@ def running(config: Config) -> Iterator[App]:
 
 
 @contextmanager
-def clients(address: str) -> Iterator["subprocess.Popen[str]"]:
-    """The process of `bench.clients`."""
-    command = [sys.executable, "-m", "bench.clients", address]
+def clients(address: str, module: str = "bench.clients") -> Iterator["subprocess.Popen[str]"]:
+    """The process of `bench.clients`, or of another program that reads and writes lines."""
+    command = [sys.executable, "-m", module, address]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -89,11 +97,11 @@ def clients(address: str) -> Iterator["subprocess.Popen[str]"]:
             process.stdin.close()
 
 
-def ask(process: "subprocess.Popen[str]", work: Work) -> dict[str, Any]:
+def ask(process: "subprocess.Popen[str]", asked: dict[str, Any]) -> dict[str, Any]:
     """What the clients got. Raises RuntimeError if they ended."""
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps({"prompts": work.prompts, "answer": work.answer}) + "\n")
+    process.stdin.write(json.dumps(asked) + "\n")
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
@@ -114,10 +122,11 @@ def compare(folder: Path, device: torch.device, work: Work, rounds: int) -> tupl
     `folder` has a base, which the server puts on `device`.
     """
     answers = set()
-    with running(server_config(folder, device, work)) as app, clients(app.address) as process:
+    config = server_config(folder, device, engine=room_for(work))
+    with running(config) as app, clients(app.address) as process:
 
         def through_grpc(_: int) -> float:
-            said = ask(process, work)
+            said = ask(process, {"prompts": work.prompts, "answer": work.answer})
             answers.add(tuple(tuple(row) for row in said["tokens"]))
             return float(said["seconds"])
 
