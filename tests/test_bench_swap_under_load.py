@@ -1,4 +1,4 @@
-"""What `bench.swap_under_load` counts: pauses between steps, and answers that are not their adapter's. No server runs."""
+"""What `bench.swap_under_load` counts: pauses between steps, and answers of other adapters. No server runs."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -156,13 +156,14 @@ def test_auto_folds_what_dominates_and_lets_the_others_wait_no_longer_than_they_
     assert 0.5 < share < 0.9
 
 
-def test_auto_leaves_a_fold_when_others_come() -> None:
+def test_auto_leaves_a_fold_at_once_when_all_rows_together_make_more_tokens() -> None:
     turns = policy()
     run(turns, {("a", AUTO): 2}, 1)
-    plans = run(turns, {("a", AUTO): 2, ("b", AUTO): 2}, 1, start=1)
-    assert plans[0].folded == "a"
-    assert plans[-1].folded is SHARED
-    assert plans[-1].cause is Cause.SHARE_PAYS
+    assert turns.plan(view({("a", AUTO): 2}), 1).folded == "a"
+    plan = turns.plan(view({("a", AUTO): 2, ("b", AUTO): 2}), 1.01)
+    assert plan.folded is SHARED
+    assert plan.cause is Cause.SHARE_PAYS
+    assert "333 tokens/s instead of 200" in plan.reason
 
 
 def test_auto_does_not_swing_between_sides_that_are_worth_the_same() -> None:
@@ -173,6 +174,16 @@ def test_auto_does_not_swing_between_sides_that_are_worth_the_same() -> None:
         folded += [plan.folded for plan in run(turns, {(name, AUTO): 2}, 0.1, start=index * 0.1)]
     changes = sum(one != other for one, other in pairwise(folded))
     assert changes <= 2
+
+
+def test_nobody_can_make_auto_swap_more_often_than_it_has_paid_for() -> None:
+    """Others come as soon as `a` is folded, and go as soon as it is not. A cycle costs 30 ms, which 180 ms pay for."""
+    turns, folded = policy(), [SHARED]
+    for step in range(2000):
+        rows: dict[Group, int] = {("a", AUTO): 2} | ({("b", AUTO): 2} if folded[-1] else {})
+        folded.append(turns.plan(view(rows), step * STEP).folded)
+    cycles = sum(one is SHARED and other == "a" for one, other in pairwise(folded))
+    assert 50 < cycles <= 20 / 0.18
 
 
 def test_auto_rows_of_another_adapter_get_the_weights_at_once_when_nobody_else_is_left() -> None:

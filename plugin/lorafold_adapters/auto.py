@@ -1,10 +1,11 @@
 """What `auto` folds, if anything, while base, `unmerged` and `auto` rows have their turn.
 
 Each option makes so many tokens a second: all rows in one two-path batch, or the rows of one adapter folded while the
-others wait. Whenever another option than the present one is better, the tokens that are lost against it add up; once
-they are what a swap there and back would cost, it is done. That is the ski rental rule (Karlin et al., "Competitive
-randomized algorithms for nonuniform problems", 1994): it never loses more than twice what a prophet would, oscillates
-only when it pays, and has no constant that is not measured.
+others wait. Whenever folding is better, the tokens that are lost without it add up; once they are what folding and
+giving the base back cost, it is done. That is the ski rental rule (Karlin et al., "Competitive randomized algorithms
+for nonuniform problems", 1994): it never loses more than twice what a prophet would, oscillates only when it pays, and
+has no constant that is not measured. Both halves of a cycle are paid for before it begins, so a fold is left as soon as
+serving all rows together makes more tokens: no row stands beside it for the sake of hysteresis.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Choice:
 
 
 class AutoChoice:
-    """Remembers what was lost against every other option."""
+    """Remembers what was lost against every fold that was not made."""
 
     def __init__(self, costs: Costs, max_wait: float) -> None:
         """`max_wait`: seconds that rows beside a folded adapter may wait."""
@@ -35,7 +36,7 @@ class AutoChoice:
         self._max_wait = max_wait
         self._choice = Choice()
         self._lost: dict[Side, float] = {}
-        """Tokens that each better option would have made more than the present one."""
+        """Tokens that each other option would have made more than the present one."""
         self._last = float("inf")
         self._beside_since: float | None = None
         """Since when rows wait beside the folded adapter."""
@@ -80,22 +81,29 @@ class AutoChoice:
 
     def _compare(self, rates: dict[Side, float], seconds: float) -> None:
         present = rates[self._choice.folded]
+        if self._choice.folded is not SHARED and rates[SHARED] > present:
+            self._choose(SHARED, Cause.SHARE_PAYS, f"{instead(rates[SHARED], present)} with all rows in one batch")
+            return
         self._lost = {
             side: max(0.0, self._lost.get(side, 0.0) + (made - present) * seconds)
             for side, made in rates.items()
             if side != self._choice.folded
         }
         better = max(self._lost, key=self._lost.__getitem__, default=self._choice.folded)
-        there_and_back = self._costs.fold_seconds + self._costs.restore_seconds
-        if rates[better] > present > 0 and self._lost[better] >= there_and_back * rates[better]:
-            cause = Cause.SHARE_PAYS if better is SHARED else Cause.FOLD_PAYS
-            now_and_then = f"{rates[better]:.0f} tokens/s instead of {present:.0f}"
-            self._choose(better, cause, f"{now_and_then} with {short(better)}; the difference has paid for a swap")
+        cycle = self._costs.fold_seconds + self._costs.restore_seconds
+        if rates[better] > present > 0 and self._lost[better] >= cycle * rates[better]:
+            gain = f"{instead(rates[better], present)} with {short(better)}"
+            self._choose(better, Cause.FOLD_PAYS, f"{gain}; the difference has paid for a swap")
 
     def _choose(self, side: Side, cause: Cause, reason: str) -> None:
         self._choice = Choice(folded=side, cause=cause, reason=reason)
         self._lost = {}
         self._beside_since = None
+
+
+def instead(rate: float, present: float) -> str:
+    """For people."""
+    return f"{rate:.0f} tokens/s instead of {present:.0f}"
 
 
 def rate(rows: int, seconds: float | None) -> float:
