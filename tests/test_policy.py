@@ -178,9 +178,11 @@ def test_auto_does_not_swing_between_sides_that_are_worth_the_same() -> None:
 
 def test_nobody_can_make_auto_swap_more_often_than_it_has_paid_for() -> None:
     """Others come as soon as `a` is folded, and go as soon as it is not. A cycle costs 30 ms, which 180 ms pay for."""
-    turns, folded = policy(), [SHARED]
+    turns, folded = policy(), list[Side]([SHARED])
     for step in range(2000):
-        rows: dict[Group, int] = {("a", AUTO): 2} | ({("b", AUTO): 2} if folded[-1] else {})
+        rows: dict[Group, int] = {("a", AUTO): 2}
+        if folded[-1] is not SHARED:
+            rows["b", AUTO] = 2
         folded.append(turns.plan(view(rows), step * STEP).folded)
     cycles = sum(one is SHARED and other == "a" for one, other in pairwise(folded))
     assert 50 < cycles <= 20 / 0.18

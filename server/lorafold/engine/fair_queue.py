@@ -7,6 +7,7 @@ whose turn it is not do not hold up others: each adapter and policy of a deploym
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
 
 from lorafold.engine.rows import Row
 from lorafold_adapters.policy import Group
@@ -36,11 +37,20 @@ class FairQueue:
             yield from queue
 
     def heads(self) -> Iterator[Row]:
-        """The first row of each queue that is ready, that of the deployment that should be next at the front."""
-        for key in sorted(self._queues, key=self._rank):
-            row = next((row for row in self._queues[key] if row.ready), None)
-            if row is not None:
-                yield row
+        """The first row of each queue that is ready, that of the deployment that should be next at the front.
+
+        Whoever takes it out of the queue before the next one is asked for, gets the row behind it too, in its place.
+        """
+        order = [(self._rank(key), number, key) for number, key in enumerate(self._queues)]
+        heapify(order)
+        while order:
+            _, number, key = heappop(order)
+            row = next((row for row in self._queues.get(key, ()) if row.ready), None)
+            if row is None:
+                continue
+            yield row
+            if row not in self._queues.get(key, (row,)):
+                heappush(order, (self._rank(key), number, key))
 
     def ahead_of(self, row: Row) -> int:
         """Rows that are in its own queue already."""

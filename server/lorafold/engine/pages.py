@@ -60,6 +60,8 @@ class PagePool:
         self._unused: OrderedDict[int, None] = OrderedDict()
         """Pages that nobody uses but a later sequence may, the longest unused first."""
         self._last_node = 0
+        self.used = 0
+        """Pages that sequences hold."""
 
     @property
     def tokens(self) -> int:
@@ -70,11 +72,6 @@ class PagePool:
     def available(self) -> int:
         """Pages that can be had now."""
         return self.pages - 1 - self.used
-
-    @property
-    def used(self) -> int:
-        """Pages that sequences hold."""
-        return self._state.count(TAKEN) - 1 - len(self._unused)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens take."""
@@ -119,6 +116,7 @@ class PagePool:
         for page in reversed(holding.pages):
             self._users[page] -= 1
             if not self._users[page]:
+                self.used -= 1
                 if page in self._keys:
                     self._unused[page] = None
                 else:
@@ -196,6 +194,7 @@ class PagePool:
         self._state[page] = FREE
 
     def _use(self, page: int) -> None:
+        self.used += not self._users[page]
         self._users[page] += 1
         self._unused.pop(page, None)
 
@@ -208,6 +207,7 @@ class PagePool:
         assert users == self._users
         taken = {page for page, state in enumerate(self._state) if state == TAKEN}
         used = {page for page, count in enumerate(users) if count}
+        assert self.used == len(used)
         assert taken == {SCRATCH} | used | set(self._unused)
         assert not used & set(self._unused)
 

@@ -47,6 +47,8 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         self._waiting = FairQueue()
         self._running: dict[Row, None] = {}
+        self._growing: set[Row] = set()
+        """Running rows that may want more pages than they have."""
         self._paused: dict[Row, None] = {}
         """Rows whose answers nobody takes at present."""
         self._by_deployment: Counter[str] = Counter()
@@ -162,25 +164,31 @@ class Scheduler:
         While a fold state is held, rows that cannot run give up their room for those that can.
         """
         places = self.max_batch - sum(plan.runs(row.group) for row in self._running)
-        while places > 0 and (row := self._next(plan)):
+        if places <= 0:
+            return
+        for row in self._held_startable(plan) if plan.cause is Cause.HELD else self._startable():
+            if not plan.runs(row.group):
+                continue
             self._waiting.remove(row)
             self._start(row)
             if not row.admitted:
                 row.admitted, row.swap_wait_before_start = now, row.swap_wait
                 self._waiting.charge(row.request.deployment, len(row.request.prompt))
             places -= 1
+            if not places:
+                return
 
-    def _next(self, plan: Plan) -> Row | None:
-        if plan.cause is not Cause.HELD:
-            return next((row for row in self._startable() if plan.runs(row.group)), None)
-        heads = (row for row in self._waiting.heads() if plan.runs(row.group) and not self._limited(row))
-        row = next((row for row in heads if self._can_use(row)), None)
-        while row is not None and not self._fits(row):
-            parked = [other for other in self._running if not plan.runs(other.group)]
-            if not parked:
-                return None
-            self._preempt(parked[-1])
-        return row
+    def _held_startable(self, plan: Plan) -> Iterator[Row]:
+        """Rows that run while this fold state is held; those that cannot have given up their room for them."""
+        for row in self._waiting.heads():
+            if not plan.runs(row.group) or self._limited(row) or not self._can_use(row):
+                continue
+            while not self._fits(row):
+                parked = [other for other in self._running if not plan.runs(other.group)]
+                if not parked:
+                    return
+                self._preempt(parked[-1])
+            yield row
 
     def _startable(self) -> Iterator[Row]:
         """Rows that could start now, whoever's turn it is; nobody behind one that waits for room."""
@@ -210,8 +218,7 @@ class Scheduler:
         if not self._running:
             return True
         room = self.pool.available
-        growing = sum(len(other.pages) < self.pool.pages_for(other.at_most) for other in self._running)
-        wanted = self.pool.pages_for(len(row.tokens)) + growing
+        wanted = self.pool.pages_for(len(row.tokens)) + len(self._growing)
         if wanted <= room or wanted - len(row.tokens) // self.pool.size > room:
             return wanted <= room
         known = self.pool.start(row.request.adapter, row.tokens)
@@ -219,17 +226,26 @@ class Scheduler:
         self.pool.release(known)
         return fits
 
+    def _note_growth(self, row: Row) -> None:
+        """Remembers whether a running row may still want pages."""
+        if len(row.pages) < self.pool.pages_for(row.at_most):
+            self._growing.add(row)
+        else:
+            self._growing.discard(row)
+
     def _start(self, row: Row) -> None:
         holding = self.pool.start(row.request.adapter, row.tokens)
         self.pool.grow(holding, len(row.tokens), at_most=row.at_most)
         row.holding, row.cached = holding, holding.sealed * self.pool.size
         self._running[row] = None
+        self._note_growth(row)
         self._adapters.use(row.request.adapter)
         self._by_deployment[row.request.deployment] += 1
         self._ready = None
 
     def _free(self, row: Row) -> None:
         del self._running[row]
+        self._growing.discard(row)
         self._adapters.unuse(row.request.adapter)
         self._by_deployment[row.request.deployment] -= 1
         assert row.holding is not None
@@ -308,6 +324,7 @@ class Scheduler:
             except KvFull:
                 self._preempt(self._last_beside(row, plan))
             else:
+                self._note_growth(row)
                 return
 
     def _last_beside(self, row: Row, plan: Plan) -> Row:
