@@ -23,10 +23,10 @@ from lorafold.v1 import deployment_pb2 as pb
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swaps:
-    """Deployments that are pointed at other adapters meanwhile: one each time, both drawn."""
+    """Deployments that are pointed at other adapters meanwhile: an idle one each time, both drawn."""
 
     every: float
-    """Seconds from the begin of one to that of the next; more where one takes longer."""
+    """Seconds from the begin of one to that of the next; more where all deployments are being swapped."""
     deployments: list[str]
     adapters: list[str]
     """Folders, as the server sees them."""
@@ -150,20 +150,27 @@ async def one(client: AsyncClient, load: Load, deployment: str, prompt: int, tal
 
 
 async def swap(client: AsyncClient, swaps: Swaps | None, tally: Tally) -> int:
-    """Points deployments at other adapters until the time is over; how often."""
+    """Points deployments at other adapters until the time is over; how often. None is swapped twice at once."""
     if swaps is None:
         return 0
     numbers, done = random.Random(swaps.seed), 0
     listed = await client.stubs.deployments.ListDeployments(pb.ListDeploymentsRequest())
     adapters = {deployment.name: deployment.adapter_path for deployment in listed.deployments}
-    while not tally.over:
-        due = time.perf_counter() + swaps.every
-        name = numbers.choice(swaps.deployments)
-        adapters[name] = numbers.choice([folder for folder in swaps.adapters if folder != adapters[name]])
+    under_way: dict[str, asyncio.Task[None]] = {}
+
+    async def point(name: str) -> None:
         changed = pb.Deployment(name=name, adapter_path=adapters[name])
         await client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=changed))
-        done += 1
+
+    while not tally.over:
+        due = time.perf_counter() + swaps.every
+        if idle := [name for name in swaps.deployments if name not in under_way or under_way[name].done()]:
+            name = numbers.choice(idle)
+            adapters[name] = numbers.choice([folder for folder in swaps.adapters if folder != adapters[name]])
+            under_way[name] = asyncio.create_task(point(name))
+            done += 1
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    await asyncio.gather(*under_way.values())
     return done
 
 

@@ -15,8 +15,8 @@ class Pause:
     """From the end of one step to the begin of the next, while there was something to do."""
 
     seconds: float
-    changes: int
-    """Of the weights, within it."""
+    changing: float = 0.0
+    """Seconds of it in which the weights changed."""
 
 
 class Timeline:
@@ -28,40 +28,49 @@ class Timeline:
         self.pauses: list[Pause] = []
         self.changes: list[float] = []
         """Seconds of each change of the weights."""
+        self.folds: list[float] = []
+        """Seconds of each of those that put an adapter in."""
         self._ended: float | None = None
-        self._changed = 0
+        self._changing = 0.0
 
     def step(self, now: float, seconds: float) -> None:
         """A step that took so long ends now."""
         if self._ended is not None:
-            self.pauses.append(Pause(seconds=max(0.0, now - seconds - self._ended), changes=self._changed))
+            self.pauses.append(Pause(seconds=max(0.0, now - seconds - self._ended), changing=self._changing))
         self.steps.append(seconds)
-        self._ended, self._changed = now, 0
+        self._ended, self._changing = now, 0.0
 
-    def change(self, seconds: float) -> None:
-        """The weights changed, which took so long."""
+    def change(self, seconds: float, *, folds: bool) -> None:
+        """The weights changed, which took so long; `folds`: an adapter is in them now."""
         self.changes.append(seconds)
-        self._changed += 1
+        self.folds.extend([seconds] * folds)
+        self._changing += seconds
 
     def idle(self) -> None:
         """Nobody has asked for anything: what comes until the next step is no pause."""
-        self._ended, self._changed = None, 0
+        self._ended, self._changing = None, 0.0
 
 
 def over_fold_time(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """Pauses, over the median time of a change of the weights.
+    """How much longer decoding stood still than the weights took to change.
 
-    Around changes: their 99th percentile and the longest; the same percentile of all others. What there is none of is
-    left out. Raises ValueError if the weights never changed.
+    Of the pauses with a change, over the time of that change: median, 99th percentile and longest. Over the median
+    fold: the longest of them (`longest_over_median_fold`), and the 99th percentile of those without (`p99_of_others`).
+    Raises ValueError if nothing was ever folded.
     """
-    changes = [seconds for timeline in timelines for seconds in timeline.changes]
-    if not changes:
-        raise ValueError("the weights never changed: measure for longer")
     pauses = [pause for timeline in timelines for pause in timeline.pauses]
-    around = [pause.seconds for pause in pauses if pause.changes]
-    others = [pause.seconds for pause in pauses if not pause.changes]
-    fold = statistics.median(changes)
-    found = {"p99": percentile(around, 0.99), "longest": max(around)} if around else {}
-    if others:
-        found["p99_of_others"] = percentile(others, 0.99)
-    return {name: round(seconds / fold, 3) for name, seconds in found.items()}
+    around = [pause for pause in pauses if pause.changing]
+    others = [pause.seconds for pause in pauses if not pause.changing]
+    folds = [seconds for timeline in timelines for seconds in timeline.folds]
+    if not folds or not around:
+        raise ValueError("nothing was ever folded between two steps: measure for longer")
+    fold = statistics.median(folds)
+    over = [pause.seconds / pause.changing for pause in around]
+    found = {
+        "median": statistics.median(over),
+        "p99": percentile(over, 0.99),
+        "longest": max(over),
+        "longest_over_median_fold": max(pause.seconds for pause in around) / fold,
+        "p99_of_others": percentile(others, 0.99) / fold if others else 0.0,
+    }
+    return {name: round(value, 3) for name, value in found.items()}

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from prometheus_client import CollectorRegistry
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from bench.adapters import ALL_LINEAR, write_adapter
 from bench.arrivals import KINDS, arrivals
 from bench.engines import Driven, engine_of
 from bench.environment import describe
+from bench.low_rank import write_low_rank
 from bench.models import SHAPES, shaped
 from bench.replay import Traffic, replay, summary
 from bench.rounds import record
@@ -41,7 +42,7 @@ from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.policy import PolicyKind
 
 RANK, SLOTS, PROMPT, ANSWER = 64, 16, 16, 24
-LOAD = 0.7
+LOAD = 0.5
 """Of the rate at which an even mix is answered unmerged."""
 TARGET = 1.05
 POLICIES = (PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.AUTO)
@@ -62,12 +63,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
     return parser.parse_args()
-
-
-def written(model: LlamaForCausalLM, count: int, folder: Path) -> list[Path]:
-    """Adapters that all change the same modules."""
-    options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": ALL_LINEAR}
-    return [write_adapter(model, folder / str(seed), seed, **options) for seed in range(count)]
 
 
 def capacity(driven: Driven, adapters: Sequence[BoundAdapter], vocabulary: int) -> float:
@@ -124,7 +119,7 @@ def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) ->
     seconds = arguments.seconds or (6.0 if arguments.quick else 30.0)
     vocabulary = model.config.vocab_size
     registry = CollectorRegistry()
-    folders = written(model, arguments.adapters, folder)
+    folders = [write_low_rank(model, folder / str(seed), seed, RANK) for seed in range(arguments.adapters)]
     engine, manager = engine_of(
         model,
         tokenizer_of(vocabulary),
@@ -137,6 +132,8 @@ def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) ->
     with Driven(engine, manager) as driven:
         adapters = [driven.manager.bind(path) for path in folders]
         driven.put_on(adapters)
+        for bound in adapters:
+            driven.call(partial(manager.gate.check, bound))  # As a server does before an adapter is deployed.
         digests = [bound.digest for bound in adapters]
         rate = LOAD * capacity(driven, adapters, vocabulary)
         print(f"{rate:.1f} requests a second, {LOAD:.0%} of what an even mix is answered at unmerged")

@@ -36,7 +36,7 @@ from lorafold.logs import set_up_logging
 from lorafold.model import pick_device
 from lorafold_adapters.checkpoint import read_checkpoint
 
-STREAMS, POOL, PROMPTS, PROMPT, ANSWER = 16, 8, 16, 16, 24
+STREAMS, POOL, PROMPTS, PROMPT, ANSWER = 16, 8, 16, 16, 12
 RANK = 16
 EVERY = 0.1
 """Seconds from the begin of one swap to that of the next."""
@@ -101,17 +101,18 @@ def rounds_of(load: Load, watch: Watched, served: Callable[[Load], Served], roun
     return replace(seen, seconds=measure(variants, rounds))
 
 
-def result_of(seen: Seen, verdict: Verdict) -> dict[str, Any]:
+def result_of(seen: Seen, verdict: Verdict, seconds: float) -> dict[str, Any]:
     """The last line, without what was asked for."""
     pauses = {name: over_fold_time(timelines) for name, timelines in seen.timelines.items()}
     throughput = ratio(seen.seconds["no swaps"], seen.seconds["swaps"])
     return {
         "swaps": sum(seen.swaps),
+        "swaps_per_second": round(sum(seen.swaps) / (seconds * len(seen.swaps)), 1),
         "requests": verdict.requests,
         "wrong": verdict.wrong,
         "lost": verdict.lost,
-        "p99_step_gap_over_fold_time": pauses["swaps"].get("p99"),
-        "longest_gap_over_fold_time": pauses["swaps"].get("longest"),
+        "p99_step_gap_over_fold_time": pauses["swaps"]["p99"],
+        "longest_gap_over_fold_time": pauses["swaps"]["longest"],
         "throughput_over_no_swaps": throughput["median"],
         "throughput": throughput,
         "gaps_over_fold_time": pauses,
@@ -136,16 +137,16 @@ def run(shape: str, device: torch.device, seconds: float, rounds: int) -> tuple[
         ):
             seen = rounds_of(load, watch, lambda asked: served_from(ask(process, asdict(asked))), rounds)
         digests = {read_checkpoint(each).digest: each for each in folders}
-        return result_of(seen, judge(base, digests, load.prompts, seen.replies)), seen
+        return result_of(seen, judge(base, digests, load.prompts, seen.replies), seconds), seen
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and short rounds: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="a small model and short rounds: under two minutes")
     parser.add_argument("--seconds", type=float, help="of one round; 20, or 6 if quick")
     parser.add_argument("--rounds", type=int, help="5, or 3 if quick; each once with swaps and once without")
-    parser.add_argument("--shape", choices=[*SHAPES], help="mid, or tiny if quick, unless given")
+    parser.add_argument("--shape", choices=[*SHAPES], help="mid, or small if quick, unless given")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--record", action="store_true", help="keep the result under bench/results/")
     return parser.parse_args()
@@ -158,7 +159,7 @@ def main() -> None:
     logging.set_verbosity_error()
     set_up_logging(LogConfig(level="warning"))
     device = pick_device(arguments.device)
-    shape = arguments.shape or ("tiny" if arguments.quick else "mid")
+    shape = arguments.shape or ("small" if arguments.quick else "mid")
     seconds = arguments.seconds or (6.0 if arguments.quick else 20.0)
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     result, seen = run(shape, device, seconds, rounds)

@@ -36,7 +36,7 @@ class Watched(Metrics):
 
     def changed(self, change: Change) -> None:
         """An adapter was folded, or the base given back."""
-        self.timeline.change(change.seconds)
+        self.timeline.change(change.seconds, folds=change.state.folded is not None)
         super().changed(change)
 
     def queues(self, waiting: int, running: int, preemptions: int) -> None:

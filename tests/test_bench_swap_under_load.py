@@ -21,17 +21,17 @@ def test_a_pause_is_from_the_end_of_a_step_to_the_begin_of_the_next() -> None:
     timeline = Timeline()
     timeline.step(10.0, 1.0)
     timeline.step(12.5, 2.0)
-    assert timeline.pauses == [Pause(seconds=0.5, changes=0)]
+    assert timeline.pauses == [Pause(seconds=0.5)]
 
 
 def test_a_change_belongs_to_the_pause_in_which_it_ends_and_to_no_other() -> None:
     timeline = Timeline()
     timeline.step(1.0, 1.0)
-    timeline.change(0.2)
-    timeline.change(0.3)
+    timeline.change(0.2, folds=True)
+    timeline.change(0.3, folds=True)
     timeline.step(2.5, 1.0)
     timeline.step(3.5, 1.0)
-    assert timeline.pauses == [Pause(seconds=0.5, changes=2), Pause(seconds=0.0, changes=0)]
+    assert timeline.pauses == [Pause(seconds=0.5, changing=0.5), Pause(seconds=0.0)]
     assert timeline.changes == [0.2, 0.3]
 
 
@@ -39,27 +39,29 @@ def test_decoding_does_not_stand_still_while_nobody_asks() -> None:
     timeline = Timeline()
     timeline.step(1.0, 1.0)
     timeline.idle()
-    timeline.change(0.2)
+    timeline.change(0.2, folds=True)
     timeline.step(100.0, 1.0)
     timeline.step(101.5, 1.0)
-    assert timeline.pauses == [Pause(seconds=0.5, changes=0)]
+    assert timeline.pauses == [Pause(seconds=0.5)]
 
 
-def test_pauses_are_weighed_with_the_median_change_of_all_rounds() -> None:
+def test_pauses_are_weighed_with_the_changes_in_them() -> None:
     timelines = [Timeline(), Timeline()]
     for timeline, change in zip(timelines, (0.1, 0.3), strict=True):
         timeline.step(0.0, 0.0)
-        timeline.change(change)
+        timeline.change(change, folds=True)
         timeline.step(change + 0.1, 0.0)
         timeline.step(change + 0.15, 0.0)
+        timeline.change(0.01, folds=False)
     found = over_fold_time(timelines)
-    assert found["longest"] == pytest.approx(0.4 / 0.2)
-    assert 1.9 < found["p99"] < found["longest"]
+    assert found["longest"] == pytest.approx(0.2 / 0.1)
+    assert found["median"] == pytest.approx((0.2 / 0.1 + 0.4 / 0.3) / 2, abs=1e-3)
+    assert found["longest_over_median_fold"] == pytest.approx(0.4 / 0.2)
     assert found["p99_of_others"] == pytest.approx(0.05 / 0.2)
 
 
-def test_pauses_without_a_change_anywhere_are_not_weighed() -> None:
-    with pytest.raises(ValueError, match="never changed"):
+def test_pauses_without_a_fold_anywhere_are_not_weighed() -> None:
+    with pytest.raises(ValueError, match="ever folded"):
         over_fold_time([Timeline()])
 
 
@@ -91,7 +93,7 @@ def folded_answer(folder: Path, prompt: list[int]) -> list[int]:
         if (key := f"base_model.model.{name}.lora_A.weight") in factors:
             module.get_parameter("weight").data += factors[key.replace("_A.", "_B.")] @ factors[key]
     ids = list(prompt)
-    for _ in range(4):
+    for _ in range(16):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
@@ -107,7 +109,7 @@ def test_an_answer_is_right_for_its_adapter_and_for_no_other(folders: dict[str, 
     answers = [folded_answer(folders["a"], prompt) for prompt in PROMPT]
     assert right(base, folders["a"], PROMPT, answers) == [True, True]
     assert right(base, folders["b"], PROMPT, answers) == [False, False]
-    assert right(base, folders["a"], PROMPT, [answers[0], [*answers[1][:3], answers[1][3] ^ 1]]) == [True, False]
+    assert right(base, folders["a"], PROMPT, [answers[0], [*answers[1][:-1], answers[1][-1] ^ 1]]) == [True, False]
 
 
 def test_wrong_and_lost_answers_are_counted_apart(folders: dict[str, Path]) -> None:

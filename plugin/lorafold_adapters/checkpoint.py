@@ -7,6 +7,7 @@ Knows nothing about a base model: whether the adapter fits one is `binding.py`'s
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +188,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise AdapterCorrupt(
                 f"tensor '{name}' in {file} is {tensor.dtype}: save it as float32, float16 or bfloat16"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             raise AdapterCorrupt(f"tensor '{name}' in {file} has NaN or infinite values: the training run diverged")
     return tensors
+
+
+def finite(tensor: Tensor) -> bool:
+    """True if no element is NaN or infinite. A sum that is finite settles it; others may just be too large."""
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())
 
 
 def content_digest(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ low-rank path beside them.
 
 from collections import deque
 from itertools import pairwise
-from statistics import median
+from statistics import median, median_low
 
 REMEMBERED = 31
 """Samples of a median: what a machine does now counts, not what it did an hour ago."""
@@ -15,7 +15,7 @@ ASSUMED_OVERHEAD = 1.1
 
 
 class Recent:
-    """The median of the samples that came last."""
+    """The median of the samples that came last; of two the lower one, as the first is often a cold one."""
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=REMEMBERED)
@@ -30,7 +30,7 @@ class Recent:
     def median(self) -> float | None:
         """None before the first sample."""
         if self._median is None and self._samples:
-            self._median = median(self._samples)
+            self._median = median_low(self._samples)
         return self._median
 
 

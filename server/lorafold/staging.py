@@ -15,7 +15,7 @@ import structlog
 
 from lorafold.config import DeploymentConfig
 from lorafold.engine.loop import Engine
-from lorafold.own_thread import in_own_thread
+from lorafold.own_thread import in_background, in_own_thread
 from lorafold.progress import Progress, Stage, Tell, nobody
 from lorafold.recipes import Recipe, Source, folders_of
 from lorafold.stamps import StampCheck
@@ -135,7 +135,8 @@ class Staging:
         self._engine = engine
         self._stamps = stamps
         self._folder = folder.absolute()
-        self._binding = asyncio.Lock()
+        self._reading = {urgent: asyncio.Lock() for urgent in (True, False)}
+        """One adapter is read at a time, and one more that requests wait for."""
         self._loop = asyncio.get_running_loop()
         engine.residents.fetch = self.fetch
 
@@ -144,16 +145,18 @@ class Staging:
         """Fingerprint of the base that adapters are checked against."""
         return self._manager.base.digest
 
-    async def read(self, source: Source, tell: Tell = nobody) -> Reading:
+    async def read(self, source: Source, tell: Tell = nobody, *, urgent: bool = False) -> Reading:
         """Reads, checks and binds an adapter, or each part of a composition, and compares stamps with the base.
+
+        `urgent` if requests wait for it; otherwise it takes second place to everything else.
 
         Raises a subclass of AdapterError.
         """
         if not isinstance(source, Recipe):
-            bound, match = await self._read_folder(source, tell)
+            bound, match = await self._read_folder(source, tell, urgent)
             ingredient = Ingredient(name=Path(source).name, digest=bound.digest, kind=bound.kind)
             return Reading(bound=bound, origin=Origin(source=source, match=match, ingredients=(ingredient,)))
-        parts = [await self._read_folder(part.path, tell) for part in source.parts]
+        parts = [await self._read_folder(part.path, tell, urgent) for part in source.parts]
         ingredients = tuple(
             Ingredient(name=Path(part.path).name, digest=bound.digest, kind=bound.kind, weight=part.weight)
             for (bound, _), part in zip(parts, source.parts, strict=True)
@@ -195,7 +198,7 @@ class Staging:
     async def _fetch(self, digest: str, source: Source, bound: BoundAdapter | None) -> None:
         try:
             if bound is None:
-                reading = await self._read_same(source, digest)
+                reading = await self._read_same(source, digest, urgent=True)
                 bound = await in_own_thread(self._manager.pinned, reading.bound)
             here, staged = bound, await in_own_thread(self._manager.stage, bound)
             await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.arrived(here, staged)))
@@ -204,9 +207,9 @@ class Staging:
             log.error("adapter cannot be brought", adapter=digest, reason=str(error), exc_info=told is not error)
             self._engine.call(lambda: self._engine.lost(digest, told))
 
-    async def _read_same(self, source: Source, digest: str, tell: Tell = nobody) -> Reading:
+    async def _read_same(self, source: Source, digest: str, tell: Tell = nobody, *, urgent: bool = False) -> Reading:
         """Raises AdapterChanged if it has another digest, or a subclass of AdapterError."""
-        reading = await self.read(source, tell)
+        reading = await self.read(source, tell, urgent=urgent)
         if reading.digest != digest:
             where = ", ".join(f"'{folder}'" for folder in folders_of(source))
             raise AdapterChanged(
@@ -237,10 +240,11 @@ class Staging:
         return Staged(facts=facts, origin=reading.origin, folding=folding, pinned=wanted.pinned)
 
     async def _acquire(self, reading: Reading, *, pinned: bool) -> None:
-        """Stages the adapter beside the engine's steps; only the rest is done between two of them."""
-        source, residents = reading.origin.source, self._engine.residents
-        bound = await in_own_thread(self._manager.pinned, reading.bound)
-        staged = await in_own_thread(self._manager.stage, bound)
+        """Stages the adapter beside the engine's steps, unless it is there; the rest is done between two of them."""
+        source, residents, bound, staged = reading.origin.source, self._engine.residents, reading.bound, None
+        if not await asyncio.wrap_future(self._engine.call(lambda: residents.here(bound.digest))):
+            bound = await in_background(self._manager.pinned, bound)
+            staged = await in_background(self._manager.stage, bound)
         work = partial(residents.acquire, bound, source, staged=staged, pinned=pinned)
         await asyncio.wrap_future(self._engine.call(work))
 
@@ -265,13 +269,16 @@ class Staging:
         while (count := await counts.get()) is not None:
             yield count
 
-    async def _read_folder(self, path: str, tell: Tell) -> tuple[BoundAdapter, Match]:
-        async with self._binding:
-            checkpoint = await in_own_thread(read_checkpoint, self._folder / path)
-            tell(Progress(stage=Stage.READ))
-            bound = await in_own_thread(self._manager.bind, checkpoint)
-            match = await in_own_thread(self._stamps.check, checkpoint)
-        tell(Progress(stage=Stage.BOUND))
+    async def _read_folder(self, path: str, tell: Tell, urgent: bool) -> tuple[BoundAdapter, Match]:
+        async with self._reading[urgent]:
+            return await (in_own_thread if urgent else in_background)(self._read_now, path, tell)
+
+    def _read_now(self, path: str, tell: Tell) -> tuple[BoundAdapter, Match]:
+        checkpoint = read_checkpoint(self._folder / path)
+        self._loop.call_soon_threadsafe(tell, Progress(stage=Stage.READ))
+        bound = self._manager.bind(checkpoint)
+        match = self._stamps.check(checkpoint)
+        self._loop.call_soon_threadsafe(tell, Progress(stage=Stage.BOUND))
         return bound, match
 
     async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:
@@ -286,15 +293,22 @@ class Staging:
         """What a fold would keep; measured parameter by parameter, with steps of the engine between them."""
         if bound.fold_refusal is not None:
             return Folding(refusal=bound.fold_refusal)
-        gate = self._manager.gate
-        total = await asyncio.wrap_future(self._engine.call(lambda: gate.parameters(bound)))
-        parameters, done = gate.measure(bound), 0
-        while await asyncio.wrap_future(self._engine.call(lambda: next(parameters, None))) is not None:
+        gate, done = self._manager.gate, 0
+        parameters = gate.measure(bound)
+
+        def measure_one() -> Folding | None:
+            return None if next(parameters, None) is not None else self._folding(bound)
+
+        while (folding := await asyncio.wrap_future(self._engine.call(measure_one))) is None:
             done += 1
-            tell(Progress(stage=Stage.MEASURED, done=done, total=total))
-        fidelity = await asyncio.wrap_future(self._engine.call(lambda: gate.fidelity(bound)))
+            tell(Progress(stage=Stage.MEASURED, done=done, total=gate.parameters(bound)))
+        return folding
+
+    def _folding(self, bound: BoundAdapter) -> Folding:
+        """Of an adapter that was measured. On the engine's thread."""
+        fidelity = self._manager.gate.fidelity(bound)
         try:
-            await asyncio.wrap_future(self._engine.call(lambda: gate.check(bound)))
+            self._manager.gate.check(bound)
         except DeltaLost as error:
             return Folding(fidelity=fidelity, refusal=str(error))
         return Folding(fidelity=fidelity)

@@ -59,10 +59,13 @@ class Inbox:
         return future
 
     def run_all(self, *, wait: float | None) -> None:
-        """Runs what is queued; if nothing is, waits up to `wait` seconds for the first command, None for ever."""
+        """Runs what is queued; if nothing is, waits up to `wait` seconds for the first command, None for ever.
+
+        What is queued meanwhile is left for the next time: commands that bring forth others let steps run between them.
+        """
         with contextlib.suppress(queue.Empty):
             self._commands.get(block=wait != 0, timeout=wait).run()
-            while True:
+            for _ in range(self._commands.qsize()):
                 self._commands.get(block=False).run()
 
     def close(self) -> None:
