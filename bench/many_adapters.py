@@ -174,7 +174,7 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and short rounds: under two minutes")
-    parser.add_argument("--requests", type=int, help="of one round; 1600, or 320 if quick")
+    parser.add_argument("--requests", type=int, help="of one round; 1600, or 240 if quick")
     parser.add_argument("--rounds", type=int, help="5, or 3 if quick")
     parser.add_argument("--shape", choices=[*SHAPES], help="small, or tiny if quick, unless given")
     parser.add_argument("--device", default="auto")
@@ -189,7 +189,7 @@ def main() -> None:
     logging.set_verbosity_error()
     device = pick_device(arguments.device)
     shape = arguments.shape or ("tiny" if arguments.quick else "small")
-    requests = arguments.requests or (320 if arguments.quick else 1600)
+    requests = arguments.requests or (240 if arguments.quick else 1600)
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     result, every = run(shape, device, requests, rounds)
     sizes = {"deployments": DEPLOYMENTS, "hot": HOT, "device_slots": SLOTS, "host_slots": ON_HOST, "rank": RANK}

@@ -1,11 +1,13 @@
 """What `auto` is worth: three replayed workloads, served always merged, always unmerged, and as `auto` decides.
 
-    python -m bench.policy [--quick] [--seconds 30] [--rounds 3] [--adapters 16] [--record]
+    python -m bench.policy [--quick] [--seconds 20] [--rounds 5] [--adapters 16] [--record]
 
 The engine runs in process, with real adapters of rank 64 on all linear layers. Requests arrive at seeded Poisson times,
 at a share of the rate at which the same engine answers an even mix unmerged, which is measured first. A request's
-latency per token is the time from when it was due to its last token, over its tokens. Every round replays each workload
-once under each policy, in an order that rotates. The last line is one JSON object. See bench/README.md.
+latency per token is the time from when it was due to its last token, over its tokens; of each request the median of all
+rounds counts. Every round replays each workload once under each policy, in an order that rotates; a policy that takes
+more than twice as long as another one in the first round is not replayed again. The last line is one JSON object. See
+bench/README.md.
 """
 
 import argparse
@@ -46,19 +48,25 @@ LOAD = 0.5
 """Of the rate at which an even mix is answered unmerged."""
 TARGET = 1.05
 POLICIES = (PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.AUTO)
-Found = dict[str, dict[PolicyKind, list[dict[str, float]]]]
-"""Mean and 99th percentile of each round, by workload and policy."""
+HOPELESS = 2.0
+"""Times the mean of the best policy."""
+Rounds = dict[PolicyKind, list[list[float]]]
+"""By policy: of each round, the latency per token of each request in order of arrival."""
+Found = dict[str, Rounds]
+"""By workload."""
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short round, in under two minutes on two cores")
-    parser.add_argument("--seconds", type=float, help="in which requests arrive; 30, or 6 if quick")
-    parser.add_argument("--rounds", type=int, help="3, or 1 if quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and short rounds, in two minutes on two cores"
+    )
+    parser.add_argument("--seconds", type=float, help="in which requests arrive; 20, or 4 if quick")
+    parser.add_argument("--rounds", type=int, help="5, or 3 if quick")
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument(
-        "--shape", choices=[*SHAPES], help="8b on a GPU, mid on a CPU, small there if quick, unless given"
+        "--shape", choices=[*SHAPES], help="8b on a GPU, mid on a CPU, tiny there if quick, unless given"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--record", action="store_true", help="keep the result in bench/results")
@@ -80,30 +88,42 @@ def traffic_of(kind: str, rate: float, seconds: float, adapters: int, vocabulary
 
 
 def measure(engine: Engine, traffic: dict[str, Traffic], digests: Sequence[str], rounds: int) -> Found:
-    """Every workload under every policy in every round."""
+    """Every workload under every policy that is worth it in every round."""
     found: Found = {kind: {policy: [] for policy in POLICIES} for kind in traffic}
     seeds = iter(range(10, 10_000))
     for number in range(rounds):
         turn = number % len(POLICIES)
         for kind, replayed in traffic.items():
             for policy in POLICIES[turn:] + POLICIES[:turn]:
-                values = summary(replay(engine, replayed, digests, policy, next(seeds)))
-                found[kind][policy].append(values)
-                said = f"mean {values['mean'] * 1e3:7.1f} ms a token, p99 {values['p99'] * 1e3:7.1f}"
-                print(f"  {kind:<9} {policy.value:<9} {said}", flush=True)
+                if number and hopeless(found[kind], policy):
+                    continue
+                seconds = replay(engine, replayed, digests, policy, next(seeds))
+                found[kind][policy].append(seconds)
+                mean, p99 = (value * 1e3 for value in summary(seconds).values())
+                print(f"  {kind:<9} {policy.value:<9} mean {mean:7.1f} ms a token, p99 {p99:7.1f}", flush=True)
     return found
 
 
-def over_best(of: dict[PolicyKind, list[dict[str, float]]], key: str) -> float:
-    """`auto` over the better of the two fixed policies, by the medians of the rounds."""
-    medians = {policy: statistics.median(values[key] for values in rounds) for policy, rounds in of.items()}
-    return round(medians[PolicyKind.AUTO] / min(medians[PolicyKind.MERGED], medians[PolicyKind.UNMERGED]), 3)
+def hopeless(rounds: Rounds, policy: PolicyKind) -> bool:
+    """True if a policy was far behind another one in the first round."""
+    means = {each: statistics.fmean(of[0]) for each, of in rounds.items()}
+    return means[policy] > HOPELESS * min(means.values())
 
 
-def over_merged(of: dict[PolicyKind, list[dict[str, float]]]) -> float:
+def usual(rounds: list[list[float]]) -> dict[str, float]:
+    """Mean and 99th percentile of the requests, of each of which the median of the rounds counts."""
+    return summary([statistics.median(of) for of in zip(*rounds, strict=True)])
+
+
+def over_best(rounds: Rounds, key: str) -> float:
+    """`auto` over the better of the two fixed policies."""
+    values = {policy: usual(of)[key] for policy, of in rounds.items()}
+    return round(values[PolicyKind.AUTO] / min(values[PolicyKind.MERGED], values[PolicyKind.UNMERGED]), 3)
+
+
+def over_merged(rounds: Rounds) -> float:
     """Always unmerged over always merged."""
-    mean = {policy: statistics.median(values["mean"] for values in rounds) for policy, rounds in of.items()}
-    return round(mean[PolicyKind.UNMERGED] / mean[PolicyKind.MERGED], 3)
+    return round(usual(rounds[PolicyKind.UNMERGED])["mean"] / usual(rounds[PolicyKind.MERGED])["mean"], 3)
 
 
 def decisions(registry: CollectorRegistry) -> dict[str, int]:
@@ -115,8 +135,8 @@ def decisions(registry: CollectorRegistry) -> dict[str, int]:
 
 def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) -> tuple[dict[str, Any], Found]:
     """Measures."""
-    rounds = arguments.rounds or (1 if arguments.quick else 3)
-    seconds = arguments.seconds or (6.0 if arguments.quick else 30.0)
+    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    seconds = arguments.seconds or (4.0 if arguments.quick else 20.0)
     vocabulary = model.config.vocab_size
     registry = CollectorRegistry()
     folders = [write_low_rank(model, folder / str(seed), seed, RANK) for seed in range(arguments.adapters)]
@@ -162,7 +182,7 @@ def main() -> None:
     set_up_logging(LogConfig(level="warning"))
     random.seed(0)
     device = pick_device(arguments.device)
-    shape = arguments.shape or ("8b" if device.type == "cuda" else "small" if arguments.quick else "mid")
+    shape = arguments.shape or ("8b" if device.type == "cuda" else "tiny" if arguments.quick else "mid")
     model = shaped(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
         result, found = run(arguments, model, Path(scratch))
@@ -172,7 +192,7 @@ def main() -> None:
             print(f"below target: auto over the better fixed policy is {value} on '{kind}'")
     if arguments.record:
         points = {
-            kind: {policy.value: [values["mean"] for values in rounds] for policy, rounds in of.items()}
+            kind: {policy.value: [statistics.fmean(each) for each in rounds] for policy, rounds in of.items()}
             for kind, of in found.items()
         }
         print(f"every mean: {record('policy', result, points)}")

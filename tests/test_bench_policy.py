@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from bench.arrivals import DOMINANCE, KINDS, arrivals
-from bench.policy import over_best
+from bench.policy import hopeless, over_best
 from bench.replay import percentile, summary
 from lorafold_adapters.policy import PolicyKind
 
@@ -43,10 +43,16 @@ def test_percentiles_lie_between_neighbours() -> None:
     assert summary([1.0, 3.0]) == {"mean": 2.0, "p99": pytest.approx(2.98)}
 
 
-def test_auto_is_compared_with_the_better_fixed_policy() -> None:
-    def rounds(*means: float) -> list[dict[str, float]]:
-        return [{"mean": mean, "p99": 2 * mean} for mean in means]
-
-    of = {PolicyKind.MERGED: rounds(9, 8, 8), PolicyKind.UNMERGED: rounds(4, 5, 9), PolicyKind.AUTO: rounds(4, 4, 7)}
+def test_auto_is_compared_with_the_better_fixed_policy_by_the_median_of_each_request() -> None:
+    of = {
+        PolicyKind.MERGED: [[9.0, 9.0]],
+        PolicyKind.UNMERGED: [[4.0, 6.0], [5.0, 5.0], [90.0, 1.0]],
+        PolicyKind.AUTO: [[4.0, 4.0], [4.0, 4.0], [7.0, 70.0]],
+    }
     assert over_best(of, "mean") == 0.8
-    assert over_best({**of, PolicyKind.MERGED: rounds(2, 2, 2)}, "mean") == 2.0
+    assert over_best({**of, PolicyKind.MERGED: [[2.0, 2.0]]}, "mean") == 2.0
+
+
+def test_a_policy_far_behind_another_one_is_hopeless() -> None:
+    of = {PolicyKind.MERGED: [[9.0, 9.0]], PolicyKind.UNMERGED: [[4.0, 4.0]], PolicyKind.AUTO: [[8.0, 8.0]]}
+    assert [hopeless(of, policy) for policy in of] == [True, False, False]

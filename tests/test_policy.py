@@ -19,8 +19,8 @@ def costs(*, fold: float = 0.02, restore: float = 0.01, overhead: float = 1.2, p
     known = Costs()
     for rows in (1, 2, 4, 8, 16, 32):
         seconds = STEP + per_row * (rows - 1)
-        known.step(two_path=False, rows=rows, seconds=seconds)
-        known.step(two_path=True, rows=rows, seconds=seconds * overhead)
+        known.step(adapters=0, rows=rows, seconds=seconds)
+        known.step(adapters=1, rows=rows, seconds=seconds * overhead)
     known.changed(was_folded=False, is_folded=True, seconds=fold)
     known.changed(was_folded=True, is_folded=False, seconds=restore)
     return known
@@ -136,7 +136,7 @@ def test_auto_finds_out_what_it_does_not_know() -> None:
     known = Costs()
     turns = policy(known)
     assert turns.plan(view({("a", AUTO): 2}), 0.0).folded is SHARED
-    known.step(two_path=True, rows=2, seconds=0.01)
+    known.step(adapters=1, rows=2, seconds=0.01)
     assert turns.plan(view({("a", AUTO): 2}), 0.01).folded == "a"
 
 
@@ -154,6 +154,14 @@ def test_auto_folds_what_dominates_and_lets_the_others_wait_no_longer_than_they_
     assert {plan.cause for plan in plans} >= {Cause.FOLD_PAYS, Cause.WAITED}
     share = sum(length for side, length in turns if side == "a") / len(plans)
     assert 0.5 < share < 0.9
+
+
+def test_others_wait_beside_a_fold_no_longer_than_swaps_need_to_be_their_share() -> None:
+    """A swap there and back takes 30 ms, which is 5 % of 0.6 s."""
+    plans = run(policy(max_wait=9), {("a", AUTO): 31, ("b", AUTO): 1}, 20)
+    lengths = [length for side, length in turns_of(plans)[:-1] if side == "a"]
+    assert lengths
+    assert all(abs(length - 60) <= 2 for length in lengths)
 
 
 def test_auto_leaves_a_fold_at_once_when_all_rows_together_make_more_tokens() -> None:
@@ -218,18 +226,29 @@ def test_merged_auto_and_base_rows_share_the_time() -> None:
 
 def test_costs_between_measured_batches_lie_on_a_line_and_ratios_fill_gaps() -> None:
     known = Costs()
-    known.step(two_path=False, rows=1, seconds=0.010)
-    known.step(two_path=False, rows=4, seconds=0.040)
-    known.step(two_path=True, rows=4, seconds=0.060)
+    known.step(adapters=0, rows=1, seconds=0.010)
+    known.step(adapters=0, rows=4, seconds=0.040)
+    known.step(adapters=1, rows=4, seconds=0.060)
     assert known.plain_seconds(2) == pytest.approx(0.020)
-    assert known.two_path_seconds(1) == pytest.approx(0.015)
+    assert known.two_path_seconds(1, 1) == pytest.approx(0.015)
     assert known.overhead(4) == pytest.approx(1.5)
     assert known.plain_seconds(32) == pytest.approx(0.040)
     assert Costs().plain_seconds(1) is None
 
 
+def test_costs_of_two_path_steps_are_those_of_as_many_adapters_if_these_are_known() -> None:
+    known = Costs()
+    for adapters, seconds in ((1, 0.011), (8, 0.020)):
+        for rows in (4, 8, 16):
+            known.step(adapters=adapters, rows=rows, seconds=seconds)
+    assert known.two_path_seconds(8, 1) == 0.011
+    assert known.two_path_seconds(8, 7) == 0.020
+    assert known.two_path_seconds(8, 2) in (0.011, 0.020)
+    assert known.two_path_seconds(2, 1) in (0.011, 0.020)
+
+
 def test_costs_forget_what_was_long_ago() -> None:
     known = Costs()
     for seconds in (*[0.5] * 40, *[0.01] * 40):
-        known.step(two_path=False, rows=1, seconds=seconds)
+        known.step(adapters=0, rows=1, seconds=seconds)
     assert known.plain_seconds(1) == 0.01

@@ -30,9 +30,12 @@ class Choice:
 class AutoChoice:
     """Remembers what was lost against every fold that was not made."""
 
-    def __init__(self, costs: Costs, max_wait: float) -> None:
-        """`max_wait`: seconds that rows beside a folded adapter may wait."""
+    def __init__(self, costs: Costs, *, swap_share: float, max_wait: float) -> None:
+        """Rows beside a folded adapter wait `max_wait` seconds at most, or as long as it takes until folding it and
+        giving the base back are `swap_share` of the time, if that is less.
+        """
         self._costs = costs
+        self._swap_share = swap_share
         self._max_wait = max_wait
         self._choice = Choice()
         self._lost: dict[Side, float] = {}
@@ -48,9 +51,8 @@ class AutoChoice:
         self._last = now
         if self._choice.folded not in rates:
             self._choose(SHARED, Cause.SHARE_PAYS, f"no rows left for {short(self._choice.folded)}")
-        elif self._waited_too_long(view, now):
-            waited = f"others waited {self._max_wait:g} s beside {short(self._choice.folded)}"
-            self._choose(SHARED, Cause.WAITED, waited)
+        elif (waited := self._waited(view, now)) and waited >= self._patience:
+            self._choose(SHARED, Cause.WAITED, f"others waited {waited:.2g} s beside {short(self._choice.folded)}")
         else:
             self._compare(rates, seconds)
         return self._choice
@@ -59,25 +61,34 @@ class AutoChoice:
         """Tokens a second of the shared batch, and of the largest group and the present choice folded."""
         counts = {adapter: rows for (adapter, kind), rows in view.rows.items() if kind is PolicyKind.AUTO}
         shared = {group: rows for group, rows in view.rows.items() if group[1] is not PolicyKind.MERGED}
-        beside = any(adapter is not None for adapter, _ in shared)
+        beside = {adapter for adapter, _ in shared} - {None}
         rows = min(sum(shared.values()), view.places)
-        rates: dict[Side, float] = {
-            SHARED: rate(rows, self._costs.two_path_seconds(rows) if beside else self._costs.plain_seconds(rows))
-        }
+        together = self._costs.two_path_seconds(rows, len(beside)) if beside else self._costs.plain_seconds(rows)
+        rates: dict[Side, float] = {SHARED: rate(rows, together)}
         for adapter in {self._choice.folded, max(counts, key=counts.__getitem__, default=SHARED)} & counts.keys():
             rows = min(counts[adapter], view.places)
             rates[adapter] = rate(rows, self._costs.plain_seconds(rows))
         return rates
 
-    def _waited_too_long(self, view: QueueView, now: float) -> bool:
-        """True if rows have stood beside the folded adapter for `max_wait`."""
+    @property
+    def _cycle(self) -> float:
+        """Seconds of a fold and of giving the base back."""
+        return self._costs.fold_seconds + self._costs.restore_seconds
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that rows may wait beside a folded adapter."""
+        return min(self._max_wait, self._cycle / self._swap_share)
+
+    def _waited(self, view: QueueView, now: float) -> float:
+        """Seconds that rows have stood beside the folded adapter."""
         folded = self._choice.folded
         beside = any(group[1] is not PolicyKind.MERGED and group != (folded, PolicyKind.AUTO) for group in view.rows)
         if folded is SHARED or not beside:
             self._beside_since = None
         elif self._beside_since is None:
             self._beside_since = now
-        return self._beside_since is not None and now - self._beside_since >= self._max_wait
+        return 0.0 if self._beside_since is None else now - self._beside_since
 
     def _compare(self, rates: dict[Side, float], seconds: float) -> None:
         present = rates[self._choice.folded]
@@ -90,8 +101,7 @@ class AutoChoice:
             if side != self._choice.folded
         }
         better = max(self._lost, key=self._lost.__getitem__, default=self._choice.folded)
-        cycle = self._costs.fold_seconds + self._costs.restore_seconds
-        if rates[better] > present > 0 and self._lost[better] >= cycle * rates[better]:
+        if rates[better] > present > 0 and self._lost[better] >= self._cycle * rates[better]:
             gain = f"{instead(rates[better], present)} with {short(better)}"
             self._choose(better, Cause.FOLD_PAYS, f"{gain}; the difference has paid for a swap")
 

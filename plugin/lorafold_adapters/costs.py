@@ -1,7 +1,7 @@
 """What steps and changes of the weights cost on this machine, as running medians. Pure Python.
 
 A step is *plain* if it runs the weights as they are, the base's or folded ones, and *two-path* if any of its rows has a
-low-rank path beside them.
+low-rank path beside them. What the latter costs depends on how many adapters are in the batch, too.
 """
 
 from collections import deque
@@ -87,11 +87,17 @@ class Costs:
         """Steps of folded rows and the base's."""
         self.two_path = StepCosts()
         """Steps with adapters beside the weights."""
+        self._by_adapters: dict[int, StepCosts] = {}
+        """The same, apart for each bucket of the number of adapters in them."""
         self._changes: dict[tuple[bool, bool], Recent] = {}
 
-    def step(self, *, two_path: bool, rows: int, seconds: float) -> None:
-        """One step that only decoded."""
-        (self.two_path if two_path else self.plain).add(rows, seconds)
+    def step(self, *, adapters: int, rows: int, seconds: float) -> None:
+        """One step that only decoded, with so many adapters beside the weights."""
+        if not adapters:
+            self.plain.add(rows, seconds)
+            return
+        self.two_path.add(rows, seconds)
+        self._by_adapters.setdefault(bucket(adapters), StepCosts()).add(rows, seconds)
 
     def changed(self, *, was_folded: bool, is_folded: bool, seconds: float) -> None:
         """The weights were changed: folded, given back, or one adapter for another."""
@@ -101,8 +107,11 @@ class Costs:
         """Of a step of folded rows; None while nothing was measured."""
         return known(self.plain, self.two_path, 1 / self.overhead(rows), rows)
 
-    def two_path_seconds(self, rows: int) -> float | None:
-        """Of a step of rows with adapters beside the weights; None while nothing was measured."""
+    def two_path_seconds(self, rows: int, adapters: int) -> float | None:
+        """Of a step of rows with so many adapters beside the weights; None while nothing was measured."""
+        alike = self._by_adapters.get(bucket(adapters))
+        if alike is not None and alike.covers(rows):
+            return alike.at(rows)
         return known(self.two_path, self.plain, self.overhead(rows), rows)
 
     def overhead(self, rows: int) -> float:

@@ -23,7 +23,7 @@ class MeasuredTurns:
         self._costs = costs
         self._swap_share = swap_share
         self._max_wait = max_wait
-        self._auto = AutoChoice(costs, max_wait)
+        self._auto = AutoChoice(costs, swap_share=swap_share, max_wait=max_wait)
         self._side: Side = SHARED
         self._since = float("-inf")
         self._waiting: dict[Side, float] = {}

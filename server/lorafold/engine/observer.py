@@ -38,7 +38,8 @@ def observe(observer: Observer, costs: Costs, parts: list[Part], read: list[int]
     modes = [mode_of(part.row, folded) for part in parts]
     observer.step(next((mode for mode in modes if mode is not Mode.BASE), Mode.BASE), seconds)
     if all(part.decodes for part in parts):
-        costs.step(two_path=Mode.UNMERGED in modes, rows=len(parts), seconds=seconds)
+        adapters = {part.row.request.adapter for part in parts} - {None} if folded is None else set()
+        costs.step(adapters=len(adapters), rows=len(parts), seconds=seconds)
     counted: dict[Mode, list[int]] = {mode: [0, 0] for mode in modes}
     for part, prompt, mode in zip(parts, read, modes, strict=True):
         counted[mode][0] += prompt
