@@ -43,6 +43,8 @@ class AutoChoice:
         self._last = float("inf")
         self._beside_since: float | None = None
         """Since when rows wait beside the folded adapter."""
+        self._owed = float("-inf")
+        """Until when those that waited run, whatever pays."""
 
     def choose(self, view: QueueView, now: float) -> Choice:
         """Once a step, while the shared side has its turn."""
@@ -52,9 +54,10 @@ class AutoChoice:
         if self._choice.folded not in rates:
             self._choose(SHARED, Cause.SHARE_PAYS, f"no rows left for {short(self._choice.folded)}")
         elif (waited := self._waited(view, now)) and waited >= self._patience:
+            self._owed = now + waited * self._owed_for_waiting(view, rates)
             self._choose(SHARED, Cause.WAITED, f"others waited {waited:.2g} s beside {short(self._choice.folded)}")
         else:
-            self._compare(rates, seconds)
+            self._compare(rates, seconds, now)
         return self._choice
 
     def _rates(self, view: QueueView) -> dict[Side, float]:
@@ -90,7 +93,21 @@ class AutoChoice:
             self._beside_since = now
         return 0.0 if self._beside_since is None else now - self._beside_since
 
-    def _compare(self, rates: dict[Side, float], seconds: float) -> None:
+    def _owed_for_waiting(self, view: QueueView, rates: dict[Side, float]) -> float:
+        """Seconds that rows beside the present fold should run for each one that they waited.
+
+        Proportional fairness (Kelly, "Charging and rate control for elastic traffic", 1997): of all shares x of the
+        time in which F of N rows run folded, each g faster than beside the others, x = (F g - N + F) / (N g) has the
+        largest sum of the logarithms of all rows' rates.
+        """
+        everyone = sum(rows for (_, kind), rows in view.rows.items() if kind is not PolicyKind.MERGED)
+        folded = view.rows[self._choice.folded, PolicyKind.AUTO]
+        beside, alone = rates[SHARED] / everyone, rates[self._choice.folded] / folded
+        gain = alone / beside - 1 if beside else 0.0
+        share = (folded * gain - everyone + folded) / (everyone * gain) if gain > 0 else 0.0
+        return 1 / share - 1 if share > 0 else 1.0
+
+    def _compare(self, rates: dict[Side, float], seconds: float, now: float) -> None:
         present = rates[self._choice.folded]
         if self._choice.folded is not SHARED and rates[SHARED] > present:
             self._choose(SHARED, Cause.SHARE_PAYS, f"{instead(rates[SHARED], present)} with all rows in one batch")
@@ -101,7 +118,8 @@ class AutoChoice:
             if side != self._choice.folded
         }
         better = max(self._lost, key=self._lost.__getitem__, default=self._choice.folded)
-        if rates[better] > present > 0 and self._lost[better] >= self._cycle * rates[better]:
+        pays = rates[better] > present > 0 and self._lost[better] >= self._cycle * rates[better]
+        if pays and now >= self._owed:
             gain = f"{instead(rates[better], present)} with {short(better)}"
             self._choose(better, Cause.FOLD_PAYS, f"{gain}; the difference has paid for a swap")
 

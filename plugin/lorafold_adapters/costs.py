@@ -90,9 +90,17 @@ class Costs:
         self._by_adapters: dict[int, StepCosts] = {}
         """The same, apart for each bucket of the number of adapters in them."""
         self._changes: dict[tuple[bool, bool], Recent] = {}
+        self._cold = False
+        """True if no step has run since the weights changed."""
 
     def step(self, *, adapters: int, rows: int, seconds: float) -> None:
-        """One step that only decoded, with so many adapters beside the weights."""
+        """One step that only decoded, with so many adapters beside the weights.
+
+        The first one after the weights changed does not count: it finds nothing in the processor's caches.
+        """
+        if self._cold:
+            self._cold = False
+            return
         if not adapters:
             self.plain.add(rows, seconds)
             return
@@ -101,6 +109,7 @@ class Costs:
 
     def changed(self, *, was_folded: bool, is_folded: bool, seconds: float) -> None:
         """The weights were changed: folded, given back, or one adapter for another."""
+        self._cold = True
         self._changes.setdefault((was_folded, is_folded), Recent()).add(seconds)
 
     def plain_seconds(self, rows: int) -> float | None:
