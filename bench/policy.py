@@ -4,8 +4,9 @@
 
 The engine runs in process, with real adapters of rank 64 on all linear layers. Requests arrive at seeded Poisson times,
 at a share of the rate at which the same engine answers an even mix unmerged, which is measured first. A request's
-latency per token is the time from when it was due to its last token, over its tokens; of each request the median of all
-rounds counts. Every round replays each workload once under each policy, in an order that rotates; a policy that takes
+latency per token is the time from when it was due to its last token, over its tokens, and over what bare steps of the
+base take right before and after the replay, as the speed of machines drifts; of each request the median of all rounds
+counts. Every round replays each workload once under each policy, in an order that rotates; a policy that takes
 more than twice as long as another one in the first round is not replayed again. The last line is one JSON object. See
 bench/README.md.
 """
@@ -46,12 +47,14 @@ from lorafold_adapters.policy import PolicyKind
 RANK, SLOTS, PROMPT, ANSWER = 64, 16, 16, 24
 LOAD = 0.5
 """Of the rate at which an even mix is answered unmerged."""
+PROBE = 16
+"""Tokens of an answer that tells how fast the machine is."""
 TARGET = 1.05
 POLICIES = (PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.AUTO)
 HOPELESS = 2.0
 """Times the mean of the best policy."""
 Rounds = dict[PolicyKind, list[list[float]]]
-"""By policy: of each round, the latency per token of each request in order of arrival."""
+"""By policy: of each round, the latency per token of each request in order of arrival, in bare steps."""
 Found = dict[str, Rounds]
 """By workload."""
 
@@ -62,7 +65,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and short rounds, in two minutes on two cores"
     )
-    parser.add_argument("--seconds", type=float, help="in which requests arrive; 20, or 4 if quick")
+    parser.add_argument("--seconds", type=float, help="in which requests arrive; 20, or 3.5 if quick")
     parser.add_argument("--rounds", type=int, help="5, or 3 if quick")
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument(
@@ -87,7 +90,13 @@ def traffic_of(kind: str, rate: float, seconds: float, adapters: int, vocabulary
     return Traffic(arrivals=tuple(times), prompt=PROMPT, answer=ANSWER, vocabulary=vocabulary)
 
 
-def measure(engine: Engine, traffic: dict[str, Traffic], digests: Sequence[str], rounds: int) -> Found:
+def bare_step(driven: Driven, vocabulary: int) -> float:
+    """Seconds of a decode step of the base now, with half of all places taken."""
+    times = driven.run(drawn(SLOTS // 2, PROMPT, PROBE, vocabulary, seed=4)).times[0]
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def measure(driven: Driven, engine: Engine, traffic: dict[str, Traffic], digests: Sequence[str], rounds: int) -> Found:
     """Every workload under every policy that is worth it in every round."""
     found: Found = {kind: {policy: [] for policy in POLICIES} for kind in traffic}
     seeds = iter(range(10, 10_000))
@@ -97,10 +106,12 @@ def measure(engine: Engine, traffic: dict[str, Traffic], digests: Sequence[str],
             for policy in POLICIES[turn:] + POLICIES[:turn]:
                 if number and hopeless(found[kind], policy):
                     continue
+                before = bare_step(driven, replayed.vocabulary)
                 seconds = replay(engine, replayed, digests, policy, next(seeds))
-                found[kind][policy].append(seconds)
-                mean, p99 = (value * 1e3 for value in summary(seconds).values())
-                print(f"  {kind:<9} {policy.value:<9} mean {mean:7.1f} ms a token, p99 {p99:7.1f}", flush=True)
+                step = (before + bare_step(driven, replayed.vocabulary)) / 2
+                found[kind][policy].append([each / step for each in seconds])
+                mean, p99 = summary(found[kind][policy][-1]).values()
+                print(f"  {kind:<9} {policy.value:<9} mean {mean:6.2f} steps a token, p99 {p99:6.2f}", flush=True)
     return found
 
 
@@ -136,7 +147,7 @@ def decisions(registry: CollectorRegistry) -> dict[str, int]:
 def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) -> tuple[dict[str, Any], Found]:
     """Measures."""
     rounds = arguments.rounds or (3 if arguments.quick else 5)
-    seconds = arguments.seconds or (4.0 if arguments.quick else 20.0)
+    seconds = arguments.seconds or (3.5 if arguments.quick else 20.0)
     vocabulary = model.config.vocab_size
     registry = CollectorRegistry()
     folders = [write_low_rank(model, folder / str(seed), seed, RANK) for seed in range(arguments.adapters)]
@@ -160,7 +171,7 @@ def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) ->
         traffic = {kind: traffic_of(kind, rate, seconds, len(adapters), vocabulary) for kind in KINDS}
         for policy in POLICIES:
             replay(engine, traffic_of("even", rate, 4 / rate, len(adapters), vocabulary), digests, policy, seed=3)
-        found = measure(engine, traffic, digests, rounds)
+        found = measure(driven, engine, traffic, digests, rounds)
     result = {
         "auto_over_best": {kind: over_best(of, "mean") for kind, of in found.items()},
         "auto_over_best_p99": {kind: over_best(of, "p99") for kind, of in found.items()},
