@@ -40,6 +40,18 @@ def test_a_server_that_stops_refuses_new_requests_and_finishes_old_ones(tmp_path
     assert running.wait()[0] == 0
 
 
+def test_a_server_whose_output_nobody_reads_any_more_stops_as_any_other(tmp_path: Path) -> None:
+    running = Serve(config_file(tmp_path))
+    assert running.process.stdout is not None
+    assert running.process.stderr is not None
+    running.process.stdout.close()
+    running.process.send_signal(signal.SIGTERM)
+    with running.process.stderr as log:
+        said = log.read()
+    assert running.process.wait(60) == 0
+    assert "Traceback" not in said
+
+
 def test_requests_that_outlast_the_grace_period_are_told_why_and_counted(tmp_path: Path) -> None:
     file = config_file(tmp_path)
     file.write_text(file.read_text().replace("[server]\n", "[server]\ngrace_seconds = 0.05\n"))

@@ -1,7 +1,9 @@
 """`lorafold serve`: runs a server until it is told to stop."""
 
 import asyncio
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,12 +99,12 @@ async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> Ba
     loop = asyncio.get_running_loop()
     hung_up = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, hung_up.set)  # Now, as it would end a server that is still loading.
-    app = await start_app(config, click.echo)
-    click.echo(f"serving on {app.address} after {time.perf_counter() - start:.1f} s")
-    click.echo(f"metrics at http://{app.metrics_address}/metrics")
+    app = await start_app(config, say)
     told = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told.set)
+    say(f"serving on {app.address} after {time.perf_counter() - start:.1f} s")
+    say(f"metrics at http://{app.metrics_address}/metrics")
     reloading = asyncio.create_task(Reloader(app.parts.deployments, config, read).run(hung_up))
     death = asyncio.create_task(app.wait_for_death())
     signalled = asyncio.create_task(told.wait())
@@ -114,13 +116,13 @@ async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> Ba
         return death.result()
     await stop(app, told)
     reloading.cancel()
-    click.echo("stopped")
+    say("stopped")
     return None
 
 
 async def stop(app: "App", told: asyncio.Event) -> None:
     """Lets requests in flight finish, unless a second signal comes."""
-    click.echo("stopping: requests in flight finish first; a second signal ends at once")
+    say("stopping: requests in flight finish first; a second signal ends at once")
     told.clear()
     stopping = asyncio.create_task(app.stop())
     again = asyncio.create_task(told.wait())
@@ -129,3 +131,11 @@ async def stop(app: "App", told: asyncio.Event) -> None:
     if not stopping.done():
         await app.stop(0)
     await stopping
+
+
+def say(text: str) -> None:
+    """For people. Nobody may read it any more (`lorafold serve | head -1`), which is no reason to end."""
+    try:
+        click.echo(text)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
