@@ -30,6 +30,9 @@ bench: $(READY)
 	$(BIN)/python -m bench.swap --quick
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.throughput --quick
+	$(BIN)/python -m bench.swap_under_load --quick
+	$(BIN)/python -m bench.policy --quick
+	$(BIN)/python -m bench.many_adapters --quick
 
 # One environment for everything; made again when what it is made from changes.
 $(READY): pyproject.toml constraints.txt

@@ -32,6 +32,7 @@ ANYWHERE: dict[str, dict[str | None, float]] = {
     "lost": {None: 0},
     "longest_gap_over_fold_time": {None: 1.5},
     "throughput_over_no_swaps": {None: 0.9},
+    "p99_ttft_over_resident": {None: 2.0},
 }
 AT_MOST = (
     "unmerged_over_merged",
@@ -40,6 +41,7 @@ AT_MOST = (
     "wrong",
     "lost",
     "longest_gap_over_fold_time",
+    "p99_ttft_over_resident",
 )
 
 
