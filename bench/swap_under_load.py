@@ -31,9 +31,11 @@ from bench.serving import ask, clients, server_config, write_base
 from bench.targets import missed
 from bench.watched import Watched, watched
 from bench.work import drawn
+from lorafold.client import Client
 from lorafold.config import Config, LogConfig
 from lorafold.logs import set_up_logging
 from lorafold.model import pick_device
+from lorafold.v1 import deployment_pb2 as pb
 from lorafold_adapters.checkpoint import read_checkpoint
 
 STREAMS, POOL, PROMPTS, PROMPT, ANSWER = 16, 8, 16, 16, 12
@@ -123,6 +125,14 @@ def result_of(seen: Seen, verdict: Verdict, seconds: float) -> dict[str, Any]:
     }
 
 
+def deploy_once(address: str, folders: Sequence[Path]) -> None:
+    """Has the server measure, for every adapter, what a fold of it keeps: it does so the first time only."""
+    with Client(address) as client:
+        for folder in folders:
+            changed = pb.Deployment(name="merged", adapter_path=str(folder))
+            client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=changed))
+
+
 def run(shape: str, device: torch.device, seconds: float, rounds: int) -> tuple[dict[str, Any], Seen]:
     """Measures, then judges every answer."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,6 +145,7 @@ def run(shape: str, device: torch.device, seconds: float, rounds: int) -> tuple[
             watched(config_of(folder / "base", device, folders)) as (app, watch),
             clients(app.address, "bench.load") as process,
         ):
+            deploy_once(app.address, folders)
             seen = rounds_of(load, watch, lambda asked: served_from(ask(process, asdict(asked))), rounds)
         digests = {read_checkpoint(each).digest: each for each in folders}
         return result_of(seen, judge(base, digests, load.prompts, seen.replies), seconds), seen
