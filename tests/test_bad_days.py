@@ -100,10 +100,11 @@ def test_an_adapter_that_finds_no_memory_on_the_device_is_refused_and_changes_no
     with ThreadPoolExecutor(4) as pool, monkeypatch.context() as patch:
         running = [pool.submit(client.generate, prompt, deployment="rot13", max_tokens=24) for _ in range(8)]
         patch.setattr(*{"stage": (Stager, "stage"), "load": (Router, "add")}[where], full)
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: create(client, "one-more", swapped),
             lambda: update(client, "upper", adapter_path=str(swapped)),
-        ):
+        )
+        for attempt in attempts:
             with pytest.raises(ServerError, match="drop others first") as caught:
                 attempt()
             assert (caught.value.code, caught.value.reason) == ("RESOURCE_EXHAUSTED", "DEVICE_FULL")
