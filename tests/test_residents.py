@@ -150,6 +150,25 @@ def test_a_pinned_one_stays_and_not_all_slots_can_be_pinned(adapter_on_llama: Ma
         assert pinned not in crowd.here()  # Negative control.
 
 
+def test_no_more_is_pinned_than_leaves_room_for_the_others(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama()) as probe:
+        bound = probe.manager.bind(adapter_on_llama(seed=1, **KINDS["plain"]))
+        size = probe.manager.device_bytes(bound)
+        larger = adapter_on_llama(seed=9, **{**KINDS["plain"], "r": 32})
+    limits = Limits(device_slots=9, device_bytes=5 * size // 2, host_bytes=1 << 40)
+    with Bench(tiny_llama(), limits=limits) as bench:
+        crowd = crowd_of(bench, adapter_on_llama, 3)
+        crowd.pin(crowd.digests[0])
+        with pytest.raises(
+            DeviceFull, match=rf"take {2 * size:,} of the {5 * size // 2:,} .* other one takes {size:,}"
+        ):
+            crowd.pin(crowd.digests[1])
+        with pytest.raises(DeviceFull, match="pin fewer"):
+            bench.load(larger)
+        for digest in crowd.digests:
+            crowd.right(crowd.ask(digest), digest)
+
+
 def test_folding_by_hand_brings_the_adapter_first(crowd: Crowd) -> None:
     away = next(digest for digest in crowd.digests if digest not in crowd.here())
     report = crowd.bench.merge(away, DrainMode.WAIT).result(30)

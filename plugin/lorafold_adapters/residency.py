@@ -70,6 +70,10 @@ class Residency:
         """True if the adapter is known."""
         return digest in self._entries
 
+    def device_bytes(self, digest: str) -> int:
+        """What it takes on the device."""
+        return self._entries[digest].device_bytes
+
     def uses(self, digest: str) -> int:
         """How many users it has now."""
         return self._entries[digest].uses

@@ -68,11 +68,10 @@ class Residents:
 
         Raises DeviceFull if it can never fit, or if too many are pinned.
         """
-        digest = bound.digest
-        if pinned:
-            self._refuse_too_many_pinned(digest)
+        digest, size = bound.digest, self._manager.device_bytes(bound)
+        self._refuse_beside_pinned(digest, size, pinned=pinned)
         if digest not in self._residency:
-            self._residency.add(digest, host_bytes=bound.nbytes, device_bytes=self._manager.device_bytes(bound))
+            self._residency.add(digest, host_bytes=bound.nbytes, device_bytes=size)
         self._unwanted.discard(digest)
         self._sources[digest] = source
         if bound.route_refusal is None:
@@ -266,10 +265,20 @@ class Residents:
             self._reserved.discard(digest)
             self._residency.unuse(digest)
 
-    def _refuse_too_many_pinned(self, digest: str) -> None:
-        pinned = {found for found, count in self._pins.items() if count} | {digest}
-        if len(pinned) >= self._limits.device_slots:
+    def _refuse_beside_pinned(self, digest: str, size: int, *, pinned: bool) -> None:
+        """Raises DeviceFull unless every adapter that is not pinned finds a slot and room beside those that are."""
+        pins = {found for found, count in self._pins.items() if count} | ({digest} if pinned else set())
+        slots, most = self._limits.device_slots, self._limits.device_bytes
+        if pinned and len(pins) >= slots:
             raise DeviceFull(
-                f"{len(pinned)} adapters would be pinned, and residency.device_slots is {self._limits.device_slots}, "
-                "of which one must stay free for the others: pin fewer, or raise it"
+                f"{len(pins)} adapters would be pinned, and residency.device_slots is {slots}, of which one must stay "
+                "free for the others: pin fewer, or raise it"
+            )
+        sizes = {found: self._residency.device_bytes(found) for found in self._sources} | {digest: size}
+        taken = sum(sizes[found] for found in pins)
+        largest = max((sizes[found] for found in sizes.keys() - pins), default=0)
+        if pins and taken + largest > most:
+            raise DeviceFull(
+                f"pinned adapters would take {taken:,} of the {most:,} bytes that adapters may take, and the largest "
+                f"other one takes {largest:,}: pin fewer, or raise residency.device_memory_gib"
             )
