@@ -7,30 +7,14 @@ cache. If running rows outgrow it, the one that started last gives up its room a
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
 
 from lorafold.engine.fair_queue import FairQueue
 from lorafold.engine.groups import Groups
 from lorafold.engine.pages import PagePool
 from lorafold.engine.rows import Part, Row, decodes
+from lorafold.engine.running import Adapters, Running
 from lorafold.errors import InvalidField, KvFull, QueueFull
 from lorafold_adapters.policy import Cause, Group, Plan, PolicyKind
-
-
-class Adapters(Protocol):
-    """Which adapters can be used now."""
-
-    def takes(self, digest: str | None) -> bool:
-        """True if rows of this adapter may start."""
-        ...
-
-    def use(self, digest: str | None) -> None:
-        """A row of it has started."""
-        ...
-
-    def unuse(self, digest: str | None) -> None:
-        """A row of it has no place any more."""
-        ...
 
 
 class Scheduler:
@@ -46,13 +30,9 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
         self._waiting = FairQueue()
-        self._running: dict[Row, None] = {}
-        self._growing: set[Row] = set()
-        """Running rows that may want more pages than they have."""
+        self._running = Running(pool, adapters)
         self._paused: dict[Row, None] = {}
         """Rows whose answers nobody takes at present."""
-        self._by_deployment: Counter[str] = Counter()
-        """Running rows."""
         self._by_request: dict[str, list[Row]] = {}
         self._groups = Groups()
         self._only: Mapping[Row, None] | None = None
@@ -170,7 +150,8 @@ class Scheduler:
             if not plan.runs(row.group):
                 continue
             self._waiting.remove(row)
-            self._start(row)
+            self._running.start(row)
+            self._ready = None
             if not row.admitted:
                 row.admitted, row.swap_wait_before_start = now, row.swap_wait
                 self._waiting.charge(row.request.deployment, len(row.request.prompt))
@@ -181,9 +162,9 @@ class Scheduler:
     def _held_startable(self, plan: Plan) -> Iterator[Row]:
         """Rows that run while this fold state is held; those that cannot have given up their room for them."""
         for row in self._waiting.heads():
-            if not plan.runs(row.group) or self._limited(row) or not self._can_use(row):
+            if not plan.runs(row.group) or self._running.limited(row) or not self._can_use(row):
                 continue
-            while not self._fits(row):
+            while not self._running.fits(row):
                 parked = [other for other in self._running if not plan.runs(other.group)]
                 if not parked:
                     return
@@ -193,9 +174,9 @@ class Scheduler:
     def _startable(self) -> Iterator[Row]:
         """Rows that could start now, whoever's turn it is; nobody behind one that waits for room."""
         for row in self._waiting.heads():
-            if self._limited(row) or not self._may(row) or not self._can_use(row):
+            if self._running.limited(row) or not self._may(row) or not self._can_use(row):
                 continue
-            if not self._fits(row):
+            if not self._running.fits(row):
                 return
             yield row
 
@@ -209,50 +190,6 @@ class Scheduler:
     def _may(self, row: Row) -> bool:
         return self._only is None or row in self._only
 
-    def _limited(self, row: Row) -> bool:
-        most = row.request.max_concurrency
-        return most is not None and self._by_deployment[row.request.deployment] >= most
-
-    def _fits(self, row: Row) -> bool:
-        """True if there are pages for a row, and one more for each running row that may still grow."""
-        if not self._running:
-            return True
-        room = self.pool.available
-        wanted = self.pool.pages_for(len(row.tokens)) + len(self._growing)
-        if wanted <= room or wanted - len(row.tokens) // self.pool.size > room:
-            return wanted <= room
-        known = self.pool.start(row.request.adapter, row.tokens)
-        fits = wanted - len(known.pages) <= self.pool.available
-        self.pool.release(known)
-        return fits
-
-    def _note_growth(self, row: Row) -> None:
-        """Remembers whether a running row may still want pages."""
-        if len(row.pages) < self.pool.pages_for(row.at_most):
-            self._growing.add(row)
-        else:
-            self._growing.discard(row)
-
-    def _start(self, row: Row) -> None:
-        holding = self.pool.start(row.request.adapter, row.tokens)
-        self.pool.grow(holding, len(row.tokens), at_most=row.at_most)
-        row.holding, row.cached = holding, holding.sealed * self.pool.size
-        self._running[row] = None
-        self._note_growth(row)
-        self._adapters.use(row.request.adapter)
-        self._by_deployment[row.request.deployment] += 1
-        self._ready = None
-
-    def _free(self, row: Row) -> None:
-        del self._running[row]
-        self._growing.discard(row)
-        self._adapters.unuse(row.request.adapter)
-        self._by_deployment[row.request.deployment] -= 1
-        assert row.holding is not None
-        self.pool.release(row.holding)
-        row.holding, row.cached = None, 0
-        self._ready = None
-
     def remove(self, row: Row) -> None:
         """Forgets a row, wherever it is, and frees its room."""
         row.ended = True
@@ -265,7 +202,7 @@ class Scheduler:
 
     def _take_out(self, row: Row) -> None:
         if row in self._running:
-            self._free(row)
+            self._running.free(row)
         elif row in self._paused:
             del self._paused[row]
         else:
@@ -318,13 +255,11 @@ class Scheduler:
     def _make_room(self, row: Row, plan: Plan) -> None:
         """Makes room for the row's tokens; the rows that started last, itself perhaps, give theirs up for it."""
         while row in self._running:
-            assert row.holding is not None
             try:
-                self.pool.grow(row.holding, len(row.tokens), at_most=row.at_most)
+                self._running.grow(row)
             except KvFull:
                 self._preempt(self._last_beside(row, plan))
             else:
-                self._note_growth(row)
                 return
 
     def _last_beside(self, row: Row, plan: Plan) -> Row:
@@ -336,8 +271,9 @@ class Scheduler:
     def _preempt(self, row: Row) -> None:
         row.preempted += 1
         self.preemptions += 1
-        self._free(row)
+        self._running.free(row)
         self._waiting.push_front(row)
+        self._ready = None
 
     def ran(self, part: Part) -> int:
         """Notes that a part ran; returns how many prompt tokens that were never read before it read."""
@@ -352,7 +288,6 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Running rows hold exactly the pages that are in use, and waiting ones none; every row is in its group."""
-        self.pool.check_integrity([row.holding for row in self._running if row.holding is not None])
-        assert all(row.holding is not None for row in self._running)
+        self._running.check_integrity()
         known = len(self.rows)
         assert self._groups.total() == known == sum(len(rows) for rows in self._by_request.values())
