@@ -12,8 +12,6 @@ from typing import TypeVar
 import structlog
 import torch
 
-from lorafold.engine.answers import Answers
-from lorafold.engine.deadlines import Deadlines
 from lorafold.engine.departures import Departures
 from lorafold.engine.drains import Drained, Drains, Order
 from lorafold.engine.emit import Vocabulary
@@ -24,10 +22,10 @@ from lorafold.engine.rows import Part, Row
 from lorafold.engine.runner import Piece, Runner
 from lorafold.engine.sampling import Chosen, sample
 from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.start_times import StartTimes
+from lorafold.engine.tracker import Tracker
 from lorafold.engine.weights import TurnFailed, WeightsControl
 from lorafold.engine.weights_state import WeightsState
-from lorafold.errors import BaseReloading, DeadlineExceeded, EngineStopped, StepFailed
+from lorafold.errors import BaseReloading, EngineStopped, StepFailed
 from lorafold.requests import Failed, Provenance, Request, Sink, Stalled
 from lorafold_adapters.errors import DeviceFull, LorafoldError
 from lorafold_adapters.policy import Group, Plan, PolicyKind, Side
@@ -63,14 +61,12 @@ class Engine:
         residents.changed, residents.give_back = scheduler.refresh, weights.give_back
         self._runner = runner
         self._scheduler = scheduler
-        self._vocabulary = vocabulary
-        self._answers = Answers(vocabulary, overlap=overlap, done=self._done, fail=self._fail)
+        self._requests = Tracker(scheduler, residents, vocabulary, self.now, overlap=overlap)
+        self._answers = self._requests.answers
         self._observer = observer
         self._on_death = on_death
         self._on_health = on_health
         self._inbox = Inbox()
-        self._deadlines = Deadlines()
-        self._start_times = StartTimes()
         self._drains = Drains(scheduler, weights, residents, self.now)
         self._departures = Departures()
         self._stopping = False
@@ -98,15 +94,15 @@ class Engine:
 
     def resume(self, request_id: str) -> None:
         """Goes on with a paused request. Others, and unknown ones, are left alone."""
-        self._inbox.put(Command(lambda: self._resume(request_id), lambda _: None))
+        self._inbox.put(Command(lambda: self._requests.resume(request_id), lambda _: None))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request before the next step, without an event. Unknown ones are ignored."""
-        self._inbox.put(Command(lambda: self._cancel(request_id), lambda _: None))
+        self._inbox.put(Command(lambda: self._requests.cancel(request_id), lambda _: None))
 
     def fail_all(self, why: str) -> None:
         """Ends all requests before the next step with EngineStopped."""
-        self.call(lambda: self._fail_all(EngineStopped(why)))
+        self.call(lambda: self._requests.fail_all(EngineStopped(why)))
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Runs `function` on the engine's thread between two steps."""
@@ -150,7 +146,7 @@ class Engine:
             self._runner.use_device()
             while not self._stopping:
                 self._inbox.run_all(wait=self._patience())
-                self._expire()
+                self._requests.expire(self.now(), self.weights.held)
                 self._step()
                 self._tidy()
         except BaseException as error:
@@ -159,7 +155,7 @@ class Engine:
         finally:
             self._inbox.close()
             self._drains.give_up(EngineStopped(GONE))
-            self._fail_all(EngineStopped(GONE))
+            self._requests.fail_all(EngineStopped(GONE))
             self._departures.close()
             self._on_death(cause)
 
@@ -167,37 +163,9 @@ class Engine:
         self._stopping = True
 
     def _accept(self, request: Request, sink: Sink, stalled: Stalled) -> None:
-        try:
-            if request.adapter is not None:
-                self.residents.require(request.adapter)
-            rows = self._vocabulary.rows(request, sink, stalled)
-            self._count_waits()
-            self._refuse_late(rows[0])
-            self._scheduler.add(*rows)
-            self._deadlines.add(rows[0])
-        except LorafoldError as error:
-            sink(Failed(error))
-        except Exception as error:
-            log.error("request not accepted", request=request.id, exc_info=True)
-            sink(Failed(StepFailed(f"the request could not be started ({error})")))
-
-    def _refuse_late(self, row: Row) -> None:
-        """Raises DeadlineExceeded if the row cannot start in time; nobody knows while an operator holds the weights."""
-        if self.weights.held is None and not self._drains.active:
-            ahead, places = self._scheduler.ahead_of(row)
-            self._start_times.check(row, ahead=ahead, places=places, now=self.now())
-
-    def _done(self, row: Row) -> None:
-        self._start_times.ended(row, self.now())
-        self._scheduler.remove(row)
-
-    def _cancel(self, request_id: str) -> None:
-        for row in self._scheduler.of_request(request_id):
-            self._scheduler.remove(row)
-
-    def _resume(self, request_id: str) -> None:
-        for row in self._scheduler.of_request(request_id):
-            self._scheduler.resume(row)
+        self._count_waits()
+        known = self.weights.held is None and not self._drains.active
+        self._requests.accept(request, sink, stalled, predictable=known)
 
     def _begin(self, order: Order, done: "Future[Drained]") -> None:
         try:
@@ -208,15 +176,7 @@ class Engine:
     def lost(self, adapter: str, error: LorafoldError) -> None:
         """An adapter could not be brought: its requests fail. On the engine's thread."""
         self.residents.failed(adapter)
-        for row in [row for row in self._scheduler.rows if row.request.adapter == adapter]:
-            self._fail(row, error)
-
-    def _expire(self) -> None:
-        for row in self._deadlines.passed(self.now()):
-            held, remedy = self.weights.held, "allow more time or fewer max_tokens"
-            if held is not None and held.folded != row.request.adapter:
-                remedy = "what is folded is held by hand, which 'lorafold weights release' ends"
-            self._fail(row, DeadlineExceeded(f"the request's deadline passed: {remedy}"))
+        self._requests.fail_all(error, lambda row: row.request.adapter == adapter)
 
     def _tidy(self) -> None:
         if self._scheduler.empty:
@@ -232,7 +192,7 @@ class Engine:
         """How long to wait for a command: not at all while rows run, and else until a deadline passes."""
         if not self._idle:
             return 0
-        until = min((at for at in (self._deadlines.next, self._drains.until) if at is not None), default=None)
+        until = min((at for at in (self._requests.next_deadline, self._drains.until) if at is not None), default=None)
         return None if until is None else max(0.001, until - self.now())
 
     def _step(self) -> None:
@@ -272,8 +232,8 @@ class Engine:
             self.weights.carry_out(plan)
         except TurnFailed as failure:
             log.error("fold failed", adapter=failure.adapter, error=str(failure.error))
-            for row in [row for row in self._scheduler.rows if row.group == (failure.adapter, PolicyKind.MERGED)]:
-                self._fail(row, failure.error)
+            merged = (failure.adapter, PolicyKind.MERGED)
+            self._requests.fail_all(failure.error, lambda row: row.group == merged)
             return False
         return True
 
@@ -282,10 +242,8 @@ class Engine:
         if not self.weights.damaged:
             return
         self._on_health(False)
-        for row in [row for row in self._scheduler.rows if row.read]:
-            self._fail(
-                row, BaseReloading("the base was found damaged and is being loaded again: send the request again")
-            )
+        told = BaseReloading("the base was found damaged and is being loaded again: send the request again")
+        self._requests.fail_all(told, lambda row: row.read > 0)
         self.weights.recover()
         self._scheduler.pool.forget()
         self._on_health(True)
@@ -321,9 +279,8 @@ class Engine:
         told: LorafoldError = StepFailed(f"the model failed on this batch ({error}): send the request again")
         if isinstance(error, torch.OutOfMemoryError):
             told = DeviceFull("the device's memory is full: lower engine.kv_memory_gib or engine.prefill_tokens")
-        for part in parts:
-            if part.row in self._scheduler.running:
-                self._fail(part.row, told)
+        failed = {part.row for part in parts}
+        self._requests.fail_all(told, lambda row: row in failed)
 
     def _extend(self, rows: list[Row], chosen: Chosen | None, folded: Side) -> None:
         """Adds the chosen tokens, once they are there."""
@@ -336,19 +293,3 @@ class Engine:
         for row in rows:
             if not row.ended and row.stalled():
                 self._scheduler.pause(row)
-
-    def _fail_all(self, error: LorafoldError) -> None:
-        for row in self._scheduler.rows:
-            self._fail(row, error)
-
-    def _fail(self, row: Row, error: LorafoldError) -> None:
-        """Ends the row, and with it the other completions of its request; what was chosen is told first."""
-        self._answers.tell_rest()
-        if row.ended:
-            return
-        for other in self._scheduler.of_request(row.request.id):
-            self._scheduler.remove(other)
-        try:
-            row.sink(Failed(error))
-        except Exception:
-            log.error("nobody to tell", request=row.request.id, exc_info=True)
