@@ -142,7 +142,7 @@ def test_calls_that_change_what_it_changes_are_refused_and_others_are_not(server
     deployments, client = server.app.parts.deployments, server.client
 
     async def stall(leave: asyncio.Event, inside: "Future[None]") -> None:
-        async with deployments.staging._reading[False]:
+        async with deployments.staging.reader._reading[False]:
             inside.set_result(None)
             await leave.wait()
 

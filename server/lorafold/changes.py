@@ -10,8 +10,8 @@ from lorafold.config import DeploymentConfig
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import DeploymentExists, EtagMismatch, NothingToRollBack
 from lorafold.progress import Progress, Stage, Tell, nobody
+from lorafold.reading import Reading
 from lorafold.recipes import Source
-from lorafold.staging import Reading
 from lorafold.state import Record
 from lorafold_adapters.policy import PolicyKind
 
@@ -51,6 +51,7 @@ class Changes:
     def __init__(self, deployments: Deployments) -> None:
         self._deployments = deployments
         self._staging = deployments.staging
+        self._reader = deployments.staging.reader
 
     async def create(self, wanted: DeploymentConfig) -> Deployment:
         """Raises DeploymentExists, DeploymentBusy, StateNotSaved or a subclass of AdapterError."""
@@ -58,7 +59,7 @@ class Changes:
         with self._deployments.changing(name):
             if self._deployments.has(name):
                 raise DeploymentExists(f"there is a deployment '{name}' already: update it, or choose another name")
-            staged = await self._staging.put(await self._staging.read(wanted.source), wanted)
+            staged = await self._staging.put(await self._reader.read(wanted.source), wanted)
             record = Record.new(self._deployments.version(wanted, staged), self._deployments.forgotten(name))
             made = Deployment(record=record, staged=staged)
             await self._deployments.commit({name: made}, {name: None})
@@ -74,11 +75,11 @@ class Changes:
         """
         with self._changed(name, etag) as old:
             if change.source is not None:
-                reading = await self._staging.read(change.source, tell)
+                reading = await self._reader.read(change.source, tell)
             elif old.staged is not None:
                 reading = await self._staging.again(old.staged)
             else:
-                reading = await self._staging.read_again(old.record.current, tell)
+                reading = await self._reader.read_again(old.record.current, tell)
             new = await self._point(old, change.applied(old.wanted), reading, tell)
         if drain:
             await self._drained(old, tell)
@@ -94,7 +95,7 @@ class Changes:
             version = old.record.previous
             if version is None:
                 raise NothingToRollBack(f"'{name}' was never updated: there is nothing to go back to; update it")
-            return await self._point(old, version.wanted, await self._staging.read_again(version))
+            return await self._point(old, version.wanted, await self._reader.read_again(version))
 
     async def delete(self, name: str, etag: str) -> None:
         """Returns once the adapter's memory is free, or at once if another deployment points at it.

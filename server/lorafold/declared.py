@@ -68,7 +68,7 @@ async def follow(deployments: Deployments, entry: DeploymentConfig, record: Reco
     """A deployment as the file says, staged. Raises ConfigError."""
     staging = deployments.staging
     try:
-        staged = await staging.put(await staging.read(entry.source), entry)
+        staged = await staging.put(await staging.reader.read(entry.source), entry)
     except AdapterError as error:
         raise ConfigError(f"deployment '{entry.name}': {error}") from error
     version = deployments.version(entry, staged)
@@ -80,7 +80,7 @@ async def keep(staging: Staging, record: Record) -> Deployment:
     """A deployment as clients made it; not served if what it served is not there any more."""
     version = record.current
     try:
-        staged = await staging.put(await staging.read_again(version), version.wanted)
+        staged = await staging.put(await staging.reader.read_again(version), version.wanted)
     except EngineStopped:
         raise
     except LorafoldError as error:

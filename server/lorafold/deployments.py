@@ -170,7 +170,7 @@ class Deployments:
 
     def version(self, wanted: DeploymentConfig, staged: Staged) -> Version:
         """What is remembered of settings that are served now."""
-        return Version(wanted=wanted, digest=staged.facts.digest, base=self.staging.base)
+        return Version(wanted=wanted, digest=staged.facts.digest, base=self.staging.reader.base)
 
     async def close(self) -> None:
         """Lets another server have the state file, once what is being saved is saved."""

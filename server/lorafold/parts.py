@@ -34,6 +34,7 @@ from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase, load_base, load_model, load_weights
 from lorafold.own_thread import in_own_thread
+from lorafold.reading import Reader
 from lorafold.staging import Staging
 from lorafold.stamps import StampCheck
 from lorafold.state_file import StateFile
@@ -119,7 +120,8 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
         overlap=model.device.type == "cuda",
     )
     stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
-    deployments = Deployments(Staging(manager, engine, stamps, config.folder), file)
+    reader = Reader(manager, engine, stamps, config.folder)
+    deployments = Deployments(Staging(manager, engine, reader), file)
     return Parts(
         config=config,
         base=base,

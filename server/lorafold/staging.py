@@ -1,14 +1,13 @@
-"""Gets an adapter ready to serve: reads, checks and binds it in a worker thread, measures it, puts it on the device.
+"""Gets an adapter that was read ready to serve: measures it and puts it on the device, while everything else goes on.
 
-Everything else goes on meanwhile. Knows no names: `deployments.py` points them at what is staged here.
+Knows no names: `deployments.py` points them at what is staged here.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import structlog
@@ -17,25 +16,13 @@ from lorafold.config import DeploymentConfig
 from lorafold.engine.loop import Engine
 from lorafold.own_thread import in_background, in_own_thread
 from lorafold.progress import Progress, Stage, Tell, nobody
-from lorafold.recipes import Recipe, Source, folders_of
-from lorafold.stamps import StampCheck
-from lorafold.state import Version
+from lorafold.reading import Origin, Reader, Reading
+from lorafold.recipes import Source
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.checkpoint import read_checkpoint
-from lorafold_adapters.errors import (
-    AdapterChanged,
-    AdapterCorrupt,
-    AdapterUnsupported,
-    BaseMismatch,
-    DeltaLost,
-    LorafoldError,
-)
+from lorafold_adapters.errors import AdapterCorrupt, AdapterUnsupported, DeltaLost, LorafoldError
 from lorafold_adapters.fidelity import Fidelity
 from lorafold_adapters.policy import PolicyKind
-from lorafold_adapters.provenance import Source as Ingredient
-from lorafold_adapters.routes import unrouted
-from lorafold_adapters.stamp import Match
 
 log = structlog.get_logger(__name__)
 
@@ -85,30 +72,6 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """An adapter that was read, checked and bound."""
-
-    bound: BoundAdapter
-    origin: "Origin"
-
-    @property
-    def digest(self) -> str:
-        """Content digest of the adapter."""
-        return self.bound.digest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where an adapter comes from."""
-
-    source: Source
-    match: Match
-    """What the adapter's stamp says about the base."""
-    ingredients: tuple[Ingredient, ...]
-    """The adapters it is made of."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Staged:
     """An adapter that is ready to serve. Its tensors come and go (`engine.residents`)."""
 
@@ -129,56 +92,12 @@ class Staged:
 class Staging:
     """Readies the adapters of one server."""
 
-    def __init__(self, manager: AdapterManager, engine: Engine, stamps: StampCheck, folder: Path) -> None:
-        """`folder`: where relative paths start."""
+    def __init__(self, manager: AdapterManager, engine: Engine, reader: Reader) -> None:
+        self.reader = reader
         self._manager = manager
         self._engine = engine
-        self._stamps = stamps
-        self._folder = folder.absolute()
-        self._reading = {urgent: asyncio.Lock() for urgent in (True, False)}
-        """One adapter is read at a time, and one more that requests wait for."""
         self._loop = asyncio.get_running_loop()
         engine.residents.fetch = self.fetch
-
-    @property
-    def base(self) -> str:
-        """Fingerprint of the base that adapters are checked against."""
-        return self._manager.base.digest
-
-    async def read(self, source: Source, tell: Tell = nobody, *, urgent: bool = False) -> Reading:
-        """Reads, checks and binds an adapter, or each part of a composition, and compares stamps with the base.
-
-        `urgent` if requests wait for it; otherwise it takes second place to everything else.
-
-        Raises a subclass of AdapterError.
-        """
-        if not isinstance(source, Recipe):
-            bound, match = await self._read_folder(source, tell, urgent)
-            ingredient = Ingredient(name=Path(source).name, digest=bound.digest, kind=bound.kind)
-            return Reading(bound=bound, origin=Origin(source=source, match=match, ingredients=(ingredient,)))
-        parts = [await self._read_folder(part.path, tell, urgent) for part in source.parts]
-        ingredients = tuple(
-            Ingredient(name=Path(part.path).name, digest=bound.digest, kind=bound.kind, weight=part.weight)
-            for (bound, _), part in zip(parts, source.parts, strict=True)
-        )
-        weighted = [(bound, part.weight) for (bound, _), part in zip(parts, source.parts, strict=True)]
-        bound = await self._with_routes(await in_own_thread(self._manager.compose, weighted, source.spec))
-        match = least_sure(match for _, match in parts)
-        return Reading(bound=bound, origin=Origin(source=source, match=match, ingredients=ingredients))
-
-    async def read_again(self, version: Version, tell: Tell = nobody) -> Reading:
-        """Reads what was served before.
-
-        Raises AdapterChanged if it is not there any more, BaseMismatch if it was deployed on another base and nothing
-        says that it fits this one, or a subclass of AdapterError.
-        """
-        reading = await self._read_same(version.wanted.source, version.digest, tell)
-        if reading.origin.match is Match.UNSTAMPED and version.base != self.base:
-            raise BaseMismatch(
-                f"it was deployed on base {version.base[:12]}, this server holds {self.base[:12]}, and it has no stamp "
-                "that says it fits: stamp it, or update the deployment"
-            )
-        return reading
 
     async def again(self, staged: Staged) -> Reading:
         """The same adapter, from whatever memory it is in, or read again.
@@ -189,7 +108,7 @@ class Staging:
         bound = await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.bound(digest)))
         if bound is not None:
             return Reading(bound=bound, origin=staged.origin)
-        return await self._read_same(staged.origin.source, digest)
+        return await self.reader.read_same(staged.origin.source, digest)
 
     def fetch(self, digest: str, source: Source, bound: BoundAdapter | None) -> None:
         """Implements `engine.residents.Fetch`."""
@@ -198,7 +117,7 @@ class Staging:
     async def _fetch(self, digest: str, source: Source, bound: BoundAdapter | None) -> None:
         try:
             if bound is None:
-                reading = await self._read_same(source, digest, urgent=True)
+                reading = await self.reader.read_same(source, digest, urgent=True)
                 bound = await in_own_thread(self._manager.pinned, reading.bound)
             here, staged = bound, await in_own_thread(self._manager.stage, bound)
             await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.arrived(here, staged)))
@@ -206,17 +125,6 @@ class Staging:
             told = error if isinstance(error, LorafoldError) else AdapterCorrupt(f"the adapter cannot be read: {error}")
             log.error("adapter cannot be brought", adapter=digest, reason=str(error), exc_info=told is not error)
             self._engine.call(lambda: self._engine.lost(digest, told))
-
-    async def _read_same(self, source: Source, digest: str, tell: Tell = nobody, *, urgent: bool = False) -> Reading:
-        """Raises AdapterChanged if it has another digest, or a subclass of AdapterError."""
-        reading = await self.read(source, tell, urgent=urgent)
-        if reading.digest != digest:
-            where = ", ".join(f"'{folder}'" for folder in folders_of(source))
-            raise AdapterChanged(
-                f"what was served is adapter {digest[:12]}, {where} now makes {reading.digest[:12]}: put it back, or "
-                "update the deployment to take what is there"
-            )
-        return reading
 
     async def put(self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody) -> Staged:
         """Measures what a fold keeps of the adapter if the policy folds it, and loads it; `release` ends that.
@@ -269,26 +177,6 @@ class Staging:
         while (count := await counts.get()) is not None:
             yield count
 
-    async def _read_folder(self, path: str, tell: Tell, urgent: bool) -> tuple[BoundAdapter, Match]:
-        async with self._reading[urgent]:
-            return await (in_own_thread if urgent else in_background)(self._read_now, path, tell)
-
-    def _read_now(self, path: str, tell: Tell) -> tuple[BoundAdapter, Match]:
-        checkpoint = read_checkpoint(self._folder / path)
-        self._loop.call_soon_threadsafe(tell, Progress(stage=Stage.READ))
-        bound = self._manager.bind(checkpoint)
-        match = self._stamps.check(checkpoint)
-        self._loop.call_soon_threadsafe(tell, Progress(stage=Stage.BOUND))
-        return bound, match
-
-    async def _with_routes(self, bound: BoundAdapter) -> BoundAdapter:
-        """Module by module between steps of the engine, which would stand still for all of them."""
-        routes = {}
-        for module in unrouted(bound):
-            work = partial(self._manager.route, bound, module)
-            routes[module] = await asyncio.wrap_future(self._engine.call(work))
-        return self._manager.with_routes(bound, routes)
-
     async def _measured(self, bound: BoundAdapter, tell: Tell) -> Folding:
         """What a fold would keep; measured parameter by parameter, with steps of the engine between them."""
         if bound.fold_refusal is not None:
@@ -312,9 +200,3 @@ class Staging:
         except DeltaLost as error:
             return Folding(fidelity=fidelity, refusal=str(error))
         return Folding(fidelity=fidelity)
-
-
-def least_sure(matches: Iterable[Match]) -> Match:
-    """What the stamps of several adapters say together."""
-    found = set(matches)
-    return next(match for match in (Match.UNSTAMPED, Match.OTHER_DTYPE, Match.SAME) if match in found)
