@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorafold.client import Client, ServerError, translated
+from lorafold.client import Client, ServerError
 from lorafold.demo.reference import Reference
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO, RunningServer, demo_config, serving
+from tests.deployments import create, delete, update
 from tests.models import KINDS, save_adapter
 
 MakeAdapter = Callable[..., Path]
@@ -28,27 +29,6 @@ def own() -> Iterator[RunningServer]:
     """A server of this file's own: its tests change deployments."""
     with serving(demo_config()) as running:
         yield running
-
-
-def create(client: Client, name: str, adapter: Path | str, policy: str = "unmerged") -> pb.Deployment:
-    wanted = pb.Deployment(name=name, adapter_path=str(adapter), policy=f"POLICY_{policy.upper()}")
-    with translated():
-        response = client.stubs.deployments.CreateDeployment(pb.CreateDeploymentRequest(deployment=wanted))
-    made: pb.Deployment = response.deployment
-    return made
-
-
-def update(client: Client, name: str, etag: str = "", **fields: Any) -> pb.Deployment:
-    wanted = pb.Deployment(name=name, etag=etag, **fields)
-    with translated():
-        response = client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=wanted))
-    made: pb.Deployment = response.deployment
-    return made
-
-
-def delete(client: Client, name: str, etag: str = "") -> None:
-    with translated():
-        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name, etag=etag))
 
 
 def names(client: Client) -> list[str]:
