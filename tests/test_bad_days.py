@@ -21,7 +21,7 @@ from lorafold_adapters.router import Router
 from lorafold_adapters.staging import Stager
 from lorafold_adapters.stamp import STAMP_FILE
 from tests.conftest import DEMO, RunningServer, demo_config, serving, wait_until_idle
-from tests.test_deployments_socket import create, update
+from tests.deployments import create, update
 
 MANY = 10_000
 

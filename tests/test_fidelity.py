@@ -18,8 +18,8 @@ from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
 from lorafold_adapters.stamp import STAMP_FILE
 from lorafold_adapters.undo import Rounding
 from tests.conftest import DEMO, demo_config, serving
+from tests.deployments import create
 from tests.models import KINDS, assert_same_weights, save_adapter, tiny_llama, weights_of
-from tests.test_deployments_socket import create
 
 MakeAdapter = Callable[..., Path]
 
