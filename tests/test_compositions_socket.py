@@ -18,6 +18,7 @@ from lorafold.client import Client, ServerError, translated
 from lorafold.demo.reference import Reference
 from lorafold.v1 import deployment_pb2 as pb
 from tests.conftest import DEMO, RunningServer, demo_config, serving
+from tests.deployments import delete
 from tests.models import KINDS
 from tests.test_compose import by_the_paper
 
@@ -66,11 +67,6 @@ def update(client: Client, name: str, mask: tuple[str, ...] = (), **fields: Any)
         response = client.stubs.deployments.UpdateDeployment(request)
     made: pb.Deployment = response.deployment
     return made
-
-
-def delete(client: Client, name: str) -> None:
-    with translated():
-        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name))
 
 
 def delta_of(adapter: str, module: str) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
-from lorafold.client import Client, ServerError, translated
+from lorafold.client import ServerError
 from lorafold.config import Config
 from lorafold.errors import ConfigError
 from lorafold.model import load_weights
@@ -19,27 +19,12 @@ from lorafold_adapters.checkpoint import read_checkpoint
 from lorafold_adapters.identity import fingerprint
 from lorafold_adapters.stamp import STAMP_FILE, make_stamp, write_stamp
 from tests.conftest import DEMO, RunningServer, demo_config, serving
+from tests.deployments import create, update
 
 
 def config_of(base: Path = DEMO / "base", dtype: str = "auto", **sections: object) -> Config:
     """A server without deployments."""
     return demo_config(base={"model": str(base), "device": "cpu", "dtype": dtype}, **{"deployments": [], **sections})
-
-
-def create(client: Client, name: str, adapter: Path) -> pb.Deployment:
-    wanted = pb.Deployment(name=name, adapter_path=str(adapter), policy=pb.POLICY_UNMERGED)
-    with translated():
-        response = client.stubs.deployments.CreateDeployment(pb.CreateDeploymentRequest(deployment=wanted))
-    made: pb.Deployment = response.deployment
-    return made
-
-
-def update(client: Client, name: str, adapter: Path) -> pb.Deployment:
-    wanted = pb.Deployment(name=name, adapter_path=str(adapter))
-    with translated():
-        response = client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=wanted))
-    made: pb.Deployment = response.deployment
-    return made
 
 
 @contextmanager
@@ -77,7 +62,7 @@ def test_an_adapter_of_another_base_with_the_same_shapes_is_refused(sibling: Pat
         made = create(client, "it", bare)  # The same tensors without a stamp fit: the stamp decided.
         assert made.base_match == pb.BASE_MATCH_UNSTAMPED
         with pytest.raises(ServerError, match="was trained on base"):
-            update(client, "it", DEMO / "rot13")
+            update(client, "it", adapter_path=str(DEMO / "rot13"))
         now = client.stubs.deployments.GetDeployment(pb.GetDeploymentRequest(name="it")).deployment
         assert now == made
 
@@ -116,7 +101,7 @@ def test_an_unstamped_adapter_is_served_and_said_once(unstamped: str, level: str
     with logged(config_of(identity={"unstamped": unstamped})) as (server, said):
         for name in ("one", "two"):
             assert create(server.client, name, bare).base_match == pb.BASE_MATCH_UNSTAMPED
-        assert update(server.client, "two", DEMO / "rot13").base_match == pb.BASE_MATCH_SAME
+        assert update(server.client, "two", adapter_path=str(DEMO / "rot13")).base_match == pb.BASE_MATCH_SAME
         (line,) = said()
         assert line.startswith(f"{level}: adapter 'bare' has no stamp")
         assert server.client.generate("some text", deployment="one").text == "SOME TEXT"
