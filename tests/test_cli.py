@@ -157,7 +157,7 @@ def test_no_server_is_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[base]\nmodle = 1", "base.model"),
+        ("[base]\nmodle = 1", "'base.modle': no such key: known here are model, dtype"),
         ('[base]\nmodel = "no/such/model"', "no folder here"),
         (f'[base]\nmodel = "{DEMO / "upper"}"', "is a PEFT adapter"),
         (f'[base]\nmodel = "{DEMO / "base"}"\ndevice = "cuda:7"', "cuda"),

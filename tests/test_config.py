@@ -55,7 +55,12 @@ def test_a_deployment_may_be_a_composition(tmp_path: Path) -> None:
     [
         ("", "'base'"),
         ("[base]\nmodel = 3", "base.model"),
-        ('[base]\nmodel = "m"\nmodle = "n"', "base.modle"),
+        (
+            '[base]\nmodel = "m"\nmodle = "n"',
+            "'base.modle': no such key: known here are model, dtype, device, quantise",
+        ),
+        ('[basse]\nmodel = "m"', "'basse': no such key: known here are base, server,"),
+        (composed('method = "cat"', '{ adaptor = "x" }'), "parts.0.adaptor': no such key: known here are adapter"),
         ('[base]\nmodel = "m"\ndtype = "int3"', "base.dtype"),
         ('[base]\nmodel = "m"\n[engine]\nmax_batch = 0', "engine.max_batch"),
         ('[base]\nmodel = "m"\n[identity]\nunstamped = "ignore"', "identity.unstamped"),

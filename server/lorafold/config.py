@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from platformdirs import user_cache_path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"
 """The deployment that is always there: the base model without an adapter."""
 
-SENTENCES = {"extra_forbidden": "no such key: correct or remove it", "missing": "is missing: add it"}
+NOT_IN_FILE = {"folder", "stem"}
+"""Keys of Config that the file itself gives."""
+SENTENCES = {"missing": "is missing: add it"}
 """Better words for some of pydantic's errors."""
 
 
@@ -256,14 +258,16 @@ def load_config(file: Path) -> Config:
 
 def parse_config(content: dict[str, Any], file: Path) -> Config:
     """Checks the contents of `file`. Raises ConfigError."""
-    for key in {"folder", "stem"} & content.keys():
+    for key in NOT_IN_FILE & content.keys():
         raise ConfigError(f"'{file}': unknown key '{key}'")
     try:
         config = Config.model_validate({**content, "folder": file.parent, "stem": file.stem})
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # A typo makes others missing.
         key = ".".join(str(part) for part in first["loc"])
         sentence = SENTENCES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            sentence = f"no such key: known here are {', '.join(keys_beside(first['loc']))}"
         raise ConfigError(f"'{file}': key '{key}': {sentence[0].lower()}{sentence[1:]}") from error
     names = [deployment.name for deployment in config.deployments]
     for name in names:
@@ -272,6 +276,17 @@ def parse_config(content: dict[str, Any], file: Path) -> Config:
         if names.count(name) > 1:
             raise ConfigError(f"'{file}': deployment '{name}' is there twice: every name once")
     return config
+
+
+def keys_beside(place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table in which an unknown one is."""
+    table: type[BaseModel] = Config
+    for part in place[:-1]:
+        if isinstance(part, str):
+            kind = table.model_fields[part].annotation
+            nested = [found for found in (kind, *get_args(kind)) if isinstance(found, type)]
+            table = next(found for found in nested if issubclass(found, BaseModel))
+    return [key for key in table.model_fields if table is not Config or key not in NOT_IN_FILE]
 
 
 def fingerprint_folder(config: Config) -> Path:

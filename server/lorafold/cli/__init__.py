@@ -1,5 +1,6 @@
 """The `lorafold` command. Heavy imports happen in the commands, after their arguments are known to be right."""
 
+import logging
 import sys
 
 import click
@@ -28,6 +29,8 @@ for command in (serve, generate, deployments, weights, status, inspect, stamp, e
 
 def main() -> None:
     """Runs the command line; whatever the user did wrong becomes one sentence on stderr."""
+    # On some CPUs it says at import, to people who serve nothing quantised, that a kernel of its hub is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = cli.main(prog_name="lorafold", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

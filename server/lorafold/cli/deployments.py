@@ -128,7 +128,7 @@ def update(
     wanted = pb.Deployment(name=name, etag=etag, priority=priority, max_concurrency=max_concurrency, pinned=pinned)
     if not set_source(wanted, source) and (policy, priority, max_concurrency) == (None, None, None):
         raise click.UsageError(
-            "nothing to change: give --adapter, --compose, --policy, --priority or --max-concurrency"
+            "nothing to change: give --adapter, --compose, --policy, --priority, --max-concurrency or --pinned"
         )
     if policy is not None:
         wanted.policy = policy_value(policy)

@@ -38,11 +38,11 @@ def lines(found: "GetFoldStateResponse", names: dict[str, str]) -> list[str]:
     said = [
         f"weights     {name_of(state.adapter_digest, names)}{', held by hand' if state.pinned else ''}",
         f"generation  {state.generation}",
-        f"because     {state.reason}",
+        f"because     {named(state.reason, names)}",
     ]
     if found.HasField("decision"):
         wants = name_of(found.decision.adapter_digest, names)
-        said.append(f"policy      {found.decision.cause}: {wants}; {found.decision.reason}")
+        said.append(f"policy      {found.decision.cause}: {wants}; {named(found.decision.reason, names)}")
     for rows in found.queued:
         who = f"{name_of(rows.adapter_digest, names)} ({rows.policy})"
         said.append(f"queue       {who}: {rows.running} running, {rows.waiting} waiting")
@@ -55,13 +55,27 @@ def lines(found: "GetFoldStateResponse", names: dict[str, str]) -> list[str]:
     ]
     for change in found.transitions:
         when = change.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
-        said.append(f"{when}  {name_of(change.adapter_digest, names)} in {ms(change.took)}: {change.reason}")
+        why = named(change.reason, names)
+        said.append(f"{when}  {name_of(change.adapter_digest, names)} in {ms(change.took)}: {why}")
     return said
 
 
 def name_of(digest: str, names: dict[str, str]) -> str:
     """What people call an adapter."""
-    return names.get(digest, f"adapter {digest[:12]}")
+    return names.get(digest, unnamed(digest))
+
+
+def named(reason: str, names: dict[str, str]) -> str:
+    """A reason with adapters called as people do."""
+    for digest, name in names.items():
+        if digest:
+            reason = reason.replace(unnamed(digest), name)
+    return reason
+
+
+def unnamed(digest: str) -> str:
+    """What the server calls an adapter in its reasons."""
+    return f"adapter {digest[:12]}"
 
 
 def ms(time: Duration) -> str:
