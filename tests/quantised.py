@@ -25,13 +25,22 @@ def quantisation(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def quantised_qwen(kind: str, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """A Qwen with biases, saved to `folder` in 16 bits and quantised as it is loaded; computes in `dtype`."""
+def quantised_qwen(
+    kind: str, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", *, repacks: bool = False
+) -> Any:
+    """A Qwen with biases, saved to `folder` in 16 bits and quantised as it is loaded; computes in `dtype`.
+
+    `repacks`: as bitsandbytes has it on CPUs with AVX512-BF16, where its first forward pass repacks 4-bit weights, in
+    bfloat16, and fails on rows as short as these.
+    """
     if not (folder / "config.json").exists():
         tiny_qwen(dtype=torch.bfloat16).save_pretrained(folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantisation(kind, dtype), dtype=dtype, device_map={"": device}
     )
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu &= repacks
     return model.eval().requires_grad_(False)
 
 
