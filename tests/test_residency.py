@@ -21,8 +21,8 @@ class Known:
 
     host_bytes: int
     device_bytes: int
-    pinned: bool
     uses: int = 0
+    pins: int = 0
     since: dict[str, int] = field(default_factory=dict)
     """By tier, when it was used last there, or became free to leave."""
 
@@ -51,7 +51,7 @@ class Anything(RuleBasedStateMachine):
     def may_leave(self, name: str, tier: str) -> bool:
         one, residency = self.known[name], self.residency
         if tier == "device":
-            return name in residency.device and not one.uses and not one.pinned
+            return name in residency.device and not one.uses and not one.pins
         return name in residency.host and not one.uses and not (self.device_is_host and name in residency.device)
 
     def victims(self, name: str, tier: str) -> list[str] | None:
@@ -71,20 +71,48 @@ class Anything(RuleBasedStateMachine):
             gone.append(queue.pop(0))
         return gone
 
-    @rule(
-        target=names, host=st.integers(1, 90), device=st.integers(1, 60), pinned=st.sampled_from([False] * 5 + [True])
-    )
-    def add(self, host: int, device: int, pinned: bool) -> str:
+    def fits_beside(self, pinned: set[str], known: dict[str, Known]) -> bool:
+        """Whether each adapter finds a slot and room beside the pinned ones."""
+        if not pinned:
+            return True
+        taken = sum(known[name].device_bytes for name in pinned)
+        others = [one.device_bytes for name, one in known.items() if name not in pinned]
+        return len(pinned) < SLOTS and all(taken + size <= DEVICE for size in [*others, 0])
+
+    def pinned(self) -> set[str]:
+        return {name for name, one in self.known.items() if one.pins}
+
+    @rule(target=names, host=st.integers(1, 90), device=st.integers(1, 60))
+    def add(self, host: int, device: int) -> str:
         name = f"adapter {len(self.known)} {self.now}"
-        others = [one.device_bytes for one in self.known.values() if one.pinned]
-        if pinned and (len(others) + 1 > SLOTS or sum(others) + device > DEVICE):
+        one = Known(host, device)
+        if not self.fits_beside(self.pinned(), {**self.known, name: one}):
             with pytest.raises(DeviceFull, match="pin fewer"):
-                self.residency.add(name, host_bytes=host, device_bytes=device, pinned=pinned)
+                self.residency.add(name, host_bytes=host, device_bytes=device)
             return "refused"
-        self.residency.add(name, host_bytes=host, device_bytes=device, pinned=pinned)
-        self.known[name] = Known(host, device, pinned)
+        self.residency.add(name, host_bytes=host, device_bytes=device)
+        self.known[name] = one
         self.refresh(name)
         return name
+
+    @rule(name=names)
+    def pin(self, name: str) -> None:
+        if name not in self.known:
+            return
+        if not self.fits_beside(self.pinned() | {name}, self.known):
+            with pytest.raises(DeviceFull, match="pin fewer"):
+                self.residency.pin(name)
+            return
+        self.residency.pin(name)
+        self.known[name].pins += 1
+        self.refresh("")
+
+    @rule(name=names)
+    def unpin(self, name: str) -> None:
+        if name in self.known and self.known[name].pins:
+            self.residency.unpin(name)
+            self.known[name].pins -= 1
+            self.refresh("")
 
     @rule(name=names)
     def use(self, name: str) -> None:
@@ -127,7 +155,7 @@ class Anything(RuleBasedStateMachine):
         assert victims == self.victims(name, "device")
         for victim in victims or ():
             assert not self.known[victim].uses
-            assert not self.known[victim].pinned
+            assert not self.known[victim].pins
             self.residency.left_device(victim)
             self.refresh("")
         if victims is not None:
@@ -142,7 +170,7 @@ class Anything(RuleBasedStateMachine):
 
     @rule(name=consumes(names))
     def remove(self, name: str) -> None:
-        if name in self.known and not self.known[name].uses:
+        if name in self.known and not self.known[name].uses and not self.known[name].pins:
             self.residency.remove(name)
             del self.known[name]
             self.refresh("")

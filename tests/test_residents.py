@@ -154,7 +154,7 @@ def test_no_more_is_pinned_than_leaves_room_for_the_others(adapter_on_llama: Mak
     with Bench(tiny_llama()) as probe:
         bound = probe.manager.bind(adapter_on_llama(seed=1, **KINDS["plain"]))
         size = probe.manager.device_bytes(bound)
-        larger = adapter_on_llama(seed=9, **{**KINDS["plain"], "r": 32})
+        larger = adapter_on_llama(seed=9, **{**KINDS["plain"], "r": 8})
     limits = Limits(device_slots=9, device_bytes=5 * size // 2, host_bytes=1 << 40)
     with Bench(tiny_llama(), limits=limits) as bench:
         crowd = crowd_of(bench, adapter_on_llama, 3)

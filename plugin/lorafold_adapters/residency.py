@@ -5,6 +5,7 @@ says that it is placed, which counts its bytes from then on, and only then copie
 thread-safe: one thread asks and tells.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorafold_adapters.errors import DeviceFull
@@ -27,8 +28,8 @@ class Entry:
 
     host_bytes: int
     device_bytes: int
-    pinned: bool
     uses: int = 0
+    pins: int = 0
 
 
 class Residency:
@@ -42,37 +43,33 @@ class Residency:
         self._limits = limits
         self._device_is_host = device_is_host
         self._entries: dict[str, Entry] = {}
-        self._pinned_bytes = self._pinned_count = 0
         self.device = Tier(slots=limits.device_slots, budget=limits.device_bytes)
         self.host = Tier(slots=None, budget=limits.host_bytes)
 
-    def add(self, digest: str, *, host_bytes: int, device_bytes: int, pinned: bool = False) -> None:
-        """Makes an adapter known, on disk only. Raises DeviceFull if it, or the pinned ones with it, can never fit."""
+    def __len__(self) -> int:
+        """How many adapters are known."""
+        return len(self._entries)
+
+    def add(self, digest: str, *, host_bytes: int, device_bytes: int) -> None:
+        """Makes an adapter known, on disk only. Raises DeviceFull if it can never fit, or never beside pinned ones."""
         assert digest not in self._entries
-        self._refuse_too_large(digest, host_bytes, device_bytes)
-        if pinned:
-            self._refuse_too_many_pinned(digest, device_bytes)
-            self._pinned_count, self._pinned_bytes = self._pinned_count + 1, self._pinned_bytes + device_bytes
-        self._entries[digest] = Entry(host_bytes=host_bytes, device_bytes=device_bytes, pinned=pinned)
+        entry = Entry(host_bytes=host_bytes, device_bytes=device_bytes)
+        self._refuse_too_large(digest, entry)
+        self._refuse_beside_pinned({**self._entries, digest: entry}, pinned=self._pinned())
+        self._entries[digest] = entry
 
     def remove(self, digest: str) -> None:
         """Forgets an adapter that is not in use, wherever it is."""
         entry = self._entries[digest]
-        assert entry.uses == 0, "in use"
+        assert not entry.uses + entry.pins, "in use"
         for tier in (self.device, self.host):
             if digest in tier:
                 tier.leave(digest)
-        if entry.pinned:
-            self._pinned_count, self._pinned_bytes = self._pinned_count - 1, self._pinned_bytes - entry.device_bytes
         del self._entries[digest]
 
     def __contains__(self, digest: object) -> bool:
         """True if the adapter is known."""
         return digest in self._entries
-
-    def device_bytes(self, digest: str) -> int:
-        """What it takes on the device."""
-        return self._entries[digest].device_bytes
 
     def uses(self, digest: str) -> int:
         """How many users it has now."""
@@ -91,6 +88,26 @@ class Residency:
         entry.uses -= 1
         self._hold(digest)
         self.touch(digest)
+
+    def pin(self, digest: str) -> None:
+        """Once it is on the device, it stays there until as many `unpin` it.
+
+        Raises DeviceFull unless a slot, and room for the largest of them, stays for those that are not pinned.
+        """
+        self._refuse_beside_pinned(self._entries, pinned=self._pinned() | {digest})
+        self._entries[digest].pins += 1
+        self._hold(digest)
+
+    def unpin(self, digest: str) -> None:
+        """One less."""
+        entry = self._entries[digest]
+        assert entry.pins > 0, "not pinned"
+        entry.pins -= 1
+        self._hold(digest)
+
+    def is_pinned(self, digest: str) -> bool:
+        """True if it must not leave the device."""
+        return self._entries[digest].pins > 0
 
     def touch(self, digest: str) -> None:
         """It counts as the one used last."""
@@ -140,28 +157,41 @@ class Residency:
         """Says anew whether it may leave its tiers."""
         entry = self._entries[digest]
         if digest in self.device:
-            self.device.hold(digest, held=entry.uses > 0 or entry.pinned)
+            self.device.hold(digest, held=entry.uses > 0 or entry.pins > 0)
         if digest in self.host:
             same_memory = self._device_is_host and digest in self.device
             self.host.hold(digest, held=entry.uses > 0 or same_memory)
 
-    def _refuse_too_large(self, digest: str, host_bytes: int, device_bytes: int) -> None:
+    def _pinned(self) -> set[str]:
+        return {digest for digest, entry in self._entries.items() if entry.pins}
+
+    def _refuse_too_large(self, digest: str, entry: Entry) -> None:
         limits = self._limits
-        if device_bytes > limits.device_bytes:
+        if entry.device_bytes > limits.device_bytes:
             raise DeviceFull(
-                f"adapter {digest[:12]} takes {device_bytes:,} bytes on the device, where adapters may take "
+                f"adapter {digest[:12]} takes {entry.device_bytes:,} bytes on the device, where adapters may take "
                 f"{limits.device_bytes:,}: allow them more, or train it with a lower rank"
             )
-        if self._device_is_host and host_bytes > limits.host_bytes:
+        if self._device_is_host and entry.host_bytes > limits.host_bytes:
             raise DeviceFull(
-                f"adapter {digest[:12]} takes {host_bytes:,} bytes of memory, where adapters may take "
+                f"adapter {digest[:12]} takes {entry.host_bytes:,} bytes of memory, where adapters may take "
                 f"{limits.host_bytes:,}: allow them more, or train it with a lower rank"
             )
 
-    def _refuse_too_many_pinned(self, digest: str, device_bytes: int) -> None:
-        limits, count, size = self._limits, self._pinned_count + 1, self._pinned_bytes + device_bytes
-        if count > limits.device_slots or size > limits.device_bytes:
+    def _refuse_beside_pinned(self, entries: Mapping[str, Entry], *, pinned: set[str]) -> None:
+        """Raises DeviceFull unless each of these adapters finds a slot and room beside the pinned ones."""
+        slots, most = self._limits.device_slots, self._limits.device_bytes
+        if not pinned:
+            return
+        if len(pinned) >= slots:
             raise DeviceFull(
-                f"adapter {digest[:12]} cannot be kept on the device: with the others that are, it makes {count} "
-                f"adapters of {size:,} bytes, where {limits.device_slots} of {limits.device_bytes:,} may be: pin fewer"
+                f"{len(pinned)} adapters would be pinned, and residency.device_slots is {slots}, of which one must "
+                "stay free for the others: pin fewer, or raise it"
+            )
+        taken = sum(entries[digest].device_bytes for digest in pinned)
+        largest = max((entry.device_bytes for digest, entry in entries.items() if digest not in pinned), default=0)
+        if taken + largest > most:
+            raise DeviceFull(
+                f"pinned adapters would take {taken:,} of the {most:,} bytes that adapters may take, and the largest "
+                f"other one takes {largest:,}: pin fewer, or raise residency.device_memory_gib"
             )

@@ -14,7 +14,7 @@ import structlog
 from lorafold.recipes import Source
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, DeviceFull, LorafoldError
+from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, LorafoldError
 from lorafold_adapters.residency import Limits, Residency
 from lorafold_adapters.staging import Staged
 
@@ -34,14 +34,12 @@ class Residents:
 
     def __init__(self, manager: AdapterManager, limits: Limits) -> None:
         self._manager = manager
-        self._limits = limits
         self._same_memory = manager.model.device.type == "cpu"
         self._residency = Residency(limits, device_is_host=self._same_memory)
         self._wanted: Counter[str] = Counter()
         """Deployments that point at each."""
         self._unwanted: set[str] = set()
         """Those that no deployment points at any more."""
-        self._pins: Counter[str] = Counter()
         self._sources: dict[str, Source] = {}
         self._routable: set[str] = set()
         self._host: dict[str, BoundAdapter] = {}
@@ -68,34 +66,42 @@ class Residents:
 
         Raises DeviceFull if it can never fit, or if too many are pinned.
         """
-        digest, size = bound.digest, self._manager.device_bytes(bound)
-        self._refuse_beside_pinned(digest, size, pinned=pinned)
+        digest = bound.digest
         if digest not in self._residency:
+            size = self._manager.device_bytes(bound)
             self._residency.add(digest, host_bytes=bound.nbytes, device_bytes=size)
         self._unwanted.discard(digest)
         self._sources[digest] = source
         if bound.route_refusal is None:
             self._routable.add(digest)
         try:
-            self._keep_on_host(bound)
-            if digest not in self._residency.device and self._take_place(digest):
-                self._load(digest, staged or bound)
+            if pinned:
+                self._residency.pin(digest)
+            self._settle(bound, staged, pinned=pinned)
         except LorafoldError:
             if not self._wanted[digest]:
                 self._unwanted.add(digest)
             raise
         self._wanted[digest] += 1
         if pinned:
-            self._pins[digest] += 1
-            self._residency.use(digest)
             self.bring([digest])
+
+    def _settle(self, bound: BoundAdapter, staged: Staged | None, *, pinned: bool) -> None:
+        """Puts it on the device if there is room, or can be made."""
+        try:
+            self._keep_on_host(bound)
+            if bound.digest not in self._residency.device and self._take_place(bound.digest):
+                self._load(bound.digest, staged or bound)
+        except LorafoldError:
+            if pinned:
+                self._residency.unpin(bound.digest)
+            raise
 
     def release(self, digest: str, *, pinned: bool = False) -> None:
         """One deployment less points at this adapter."""
         self._wanted[digest] -= 1
         if pinned:
-            self._pins[digest] -= 1
-            self._residency.unuse(digest)
+            self._residency.unpin(digest)
         if not self._wanted[digest]:
             del self._wanted[digest]
             self._unwanted.add(digest)
@@ -246,7 +252,9 @@ class Residents:
         """The one with the fewest rows takes no more of them, or popular ones would keep others out for ever."""
         if self._leaving is not None:
             return
-        held = [digest for digest in self._here if not self._pins[digest] and digest not in self._reserved]
+        held = [
+            digest for digest in self._here if not self._residency.is_pinned(digest) and digest not in self._reserved
+        ]
         if held:
             self._leaving = min(held, key=self._residency.uses)
             self.changed()
@@ -264,21 +272,3 @@ class Residents:
         if digest in self._reserved:
             self._reserved.discard(digest)
             self._residency.unuse(digest)
-
-    def _refuse_beside_pinned(self, digest: str, size: int, *, pinned: bool) -> None:
-        """Raises DeviceFull unless every adapter that is not pinned finds a slot and room beside those that are."""
-        pins = {found for found, count in self._pins.items() if count} | ({digest} if pinned else set())
-        slots, most = self._limits.device_slots, self._limits.device_bytes
-        if pinned and len(pins) >= slots:
-            raise DeviceFull(
-                f"{len(pins)} adapters would be pinned, and residency.device_slots is {slots}, of which one must stay "
-                "free for the others: pin fewer, or raise it"
-            )
-        sizes = {found: self._residency.device_bytes(found) for found in self._sources} | {digest: size}
-        taken = sum(sizes[found] for found in pins)
-        largest = max((sizes[found] for found in sizes.keys() - pins), default=0)
-        if pins and taken + largest > most:
-            raise DeviceFull(
-                f"pinned adapters would take {taken:,} of the {most:,} bytes that adapters may take, and the largest "
-                f"other one takes {largest:,}: pin fewer, or raise residency.device_memory_gib"
-            )
