@@ -3,6 +3,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ def wait_until_idle(server: RunningServer) -> None:
     until = time.monotonic() + 30
     while engine.call(lambda: bool(engine._scheduler.rows)).result(30):
         assert time.monotonic() < until, "rows were not freed"
+
+
+def metric(server: RunningServer, line: str) -> float:
+    """The value in the line of `/metrics` that begins so; 0 if there is none."""
+    with urllib.request.urlopen(f"http://{server.app.metrics_address}/metrics") as page:
+        for found in page.read().decode().splitlines():
+            if found.startswith(line + " "):
+                return float(found.rpartition(" ")[2])
+    return 0.0
 
 
 @contextmanager

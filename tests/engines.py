@@ -16,7 +16,7 @@ from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
-from lorafold.engine.residents import Residents
+from lorafold.engine.residents import Places, Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
@@ -81,6 +81,9 @@ class Recorder:
         self.changes.append(change)
 
     def queues(self, waiting: int, running: int, preemptions: int) -> None:
+        pass
+
+    def adapters(self, places: Places) -> None:
         pass
 
 

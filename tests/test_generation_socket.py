@@ -4,7 +4,6 @@ import asyncio
 import random
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,21 +14,13 @@ from lorafold.client import Answer, AsyncClient, Client, ServerError
 from lorafold.demo.reference import Reference
 from lorafold.demo.tasks import ALPHABET, TASKS, held_out
 from lorafold.v1 import generation_pb2 as pb
-from tests.conftest import DEMO, POLICIES, RunningServer, wait_until_idle
+from tests.conftest import DEMO, POLICIES, RunningServer, metric, wait_until_idle
 
 LONG = "".join(random.Random(1).choice(ALPHABET) for _ in range(380))
 
 
 def folder(name: str) -> str:
     return "" if name == "base" else str(DEMO / name)
-
-
-def metric(server: RunningServer, line: str) -> float:
-    with urllib.request.urlopen(f"http://{server.app.metrics_address}/metrics") as page:
-        for found in page.read().decode().splitlines():
-            if found.startswith(line + " "):
-                return float(found.rpartition(" ")[2])
-    return 0.0
 
 
 @pytest.mark.parametrize("name", ["base", *POLICIES])

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from lorafold.engine.residents import Places
 from lorafold.engine.weights_state import Change
 from lorafold_adapters.policy import Mode, Plan
 
@@ -59,6 +60,20 @@ class Metrics:
             ["cause"],
             registry=registry,
         )
+        self._places: Places | None = None
+        self._adapters = Gauge(
+            "lorafold_adapters",
+            "Adapters by place: on the device, in host memory, and all; the others are on disk only.",
+            ["place"],
+            registry=registry,
+        )
+        self._fetch = Histogram(
+            "lorafold_adapter_fetch_seconds",
+            "Bringing an adapter that requests wait for to the device, from host memory or from disk.",
+            ["source"],
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
         self._generation = Gauge("lorafold_generation", "Grows whenever weights change.", registry=registry)
 
     def step(self, mode: Mode, seconds: float) -> None:
@@ -76,6 +91,19 @@ class Metrics:
         self._running.set(running)
         self._preemptions.inc(preemptions - self._preempted)
         self._preempted = preemptions
+
+    def adapters(self, places: Places) -> None:
+        """Where adapters are now."""
+        if places == self._places:
+            return
+        self._places = places
+        self._adapters.labels("device").set(places.on_device)
+        self._adapters.labels("host").set(places.on_host)
+        self._adapters.labels("all").set(places.known)
+
+    def fetched(self, seconds: float, *, from_disk: bool) -> None:
+        """An adapter that requests waited for was brought, or could not be."""
+        self._fetch.labels("disk" if from_disk else "host").observe(seconds)
 
     def changed(self, change: Change) -> None:
         """An adapter was folded, or the base given back."""

@@ -121,7 +121,7 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
     )
     stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
     reader = Reader(manager, engine, stamps, config.folder)
-    deployments = Deployments(Staging(manager, engine, reader), file)
+    deployments = Deployments(Staging(manager, engine, reader, metrics), file)
     return Parts(
         config=config,
         base=base,

@@ -14,6 +14,7 @@ import structlog
 
 from lorafold.config import DeploymentConfig
 from lorafold.engine.loop import Engine
+from lorafold.metrics import Metrics
 from lorafold.own_thread import in_background, in_own_thread
 from lorafold.progress import Progress, Stage, Tell, nobody
 from lorafold.reading import Origin, Reader, Reading
@@ -92,8 +93,9 @@ class Staged:
 class Staging:
     """Readies the adapters of one server."""
 
-    def __init__(self, manager: AdapterManager, engine: Engine, reader: Reader) -> None:
+    def __init__(self, manager: AdapterManager, engine: Engine, reader: Reader, metrics: Metrics) -> None:
         self.reader = reader
+        self._metrics = metrics
         self._manager = manager
         self._engine = engine
         self._loop = asyncio.get_running_loop()
@@ -115,6 +117,7 @@ class Staging:
         asyncio.run_coroutine_threadsafe(self._fetch(digest, source, bound), self._loop)
 
     async def _fetch(self, digest: str, source: Source, bound: BoundAdapter | None) -> None:
+        begun, from_disk = self._loop.time(), bound is None
         try:
             if bound is None:
                 reading = await self.reader.read_same(source, digest, urgent=True)
@@ -125,6 +128,7 @@ class Staging:
             told = error if isinstance(error, LorafoldError) else AdapterCorrupt(f"the adapter cannot be read: {error}")
             log.error("adapter cannot be brought", adapter=digest, reason=str(error), exc_info=told is not error)
             self._engine.call(lambda: self._engine.lost(digest, told))
+        self._metrics.fetched(self._loop.time() - begun, from_disk=from_disk)
 
     async def put(self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody) -> Staged:
         """Measures what a fold keeps of the adapter if the policy folds it, and loads it; `release` ends that.

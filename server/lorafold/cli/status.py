@@ -9,7 +9,7 @@ from google.protobuf.json_format import MessageToJson
 from lorafold.cli.common import address_option, connected, json_option
 
 if TYPE_CHECKING:
-    from lorafold.v1.weights_pb2 import GetFoldStateResponse
+    from lorafold.v1.weights_pb2 import GetFoldStateResponse, Residency
 
 
 @click.command()
@@ -53,6 +53,7 @@ def lines(found: "GetFoldStateResponse", names: dict[str, str]) -> list[str]:
         f"steps       up to {step.rows} rows: plain {ms(step.plain)}, two-path {ms(step.two_path)}"
         for step in costs.steps
     ]
+    said.append(f"adapters    {where(found.residency)}")
     for change in found.transitions:
         when = change.time.ToDatetime().isoformat(sep=" ", timespec="milliseconds")
         why = named(change.reason, names)
@@ -63,6 +64,19 @@ def lines(found: "GetFoldStateResponse", names: dict[str, str]) -> list[str]:
 def name_of(digest: str, names: dict[str, str]) -> str:
     """What people call an adapter."""
     return names.get(digest, unnamed(digest))
+
+
+def where(residency: "Residency") -> str:
+    """Which memories adapters are in."""
+    device = f"{residency.on_device} of {residency.known} on the device ({residency.device_slots} slots, "
+    device += f"{megabytes(residency.device_bytes, residency.device_budget_bytes)})"
+    host = f"{residency.on_host} in memory ({megabytes(residency.host_bytes, residency.host_budget_bytes)})"
+    return f"{device}; {host}; brought for requests {residency.fetches} times"
+
+
+def megabytes(taken: int, most: int) -> str:
+    """What is taken of a budget."""
+    return f"{taken / 1e6:,.1f} of {most / 1e6:,.1f} MB"
 
 
 def named(reason: str, names: dict[str, str]) -> str:

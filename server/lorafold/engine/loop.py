@@ -185,6 +185,7 @@ class Engine:
         held = self.weights.held
         if not self.weights.damaged:
             self.residents.sweep(self._scheduler.adapters)
+        self._observer.adapters(self.residents.places)
         self._idle = self._idle and self.weights.held == held
         self._departures.look(self._scheduler, self.residents.leaving)
 

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from lorafold.engine.residents import Places
 from lorafold.engine.rows import Part, Row
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import Mode, Side
@@ -20,6 +21,10 @@ class Observer(Protocol):
 
     def queues(self, waiting: int, running: int, preemptions: int) -> None:
         """How many rows there are now, and how often one ever gave up its room."""
+        ...
+
+    def adapters(self, places: Places) -> None:
+        """Where adapters are now."""
         ...
 
 

@@ -7,6 +7,7 @@ One that is wanted gets its place first and is brought by somebody else meanwhil
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -29,15 +30,32 @@ class Fetch(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """How many adapters are where, and what they take there."""
+
+    known: int
+    """Those that deployments point at, or requests need."""
+    on_device: int
+    """Those there or on their way, as they have their place already."""
+    device_bytes: int
+    on_host: int
+    host_bytes: int
+    fetches: int
+    """How often one was brought as requests waited for it."""
+
+
 class Residents:
     """All known adapters."""
 
     def __init__(self, manager: AdapterManager, limits: Limits) -> None:
+        self.limits = limits
         self._manager = manager
         self._same_memory = manager.model.device.type == "cpu"
         self._residency = Residency(limits, device_is_host=self._same_memory)
         self._wanted: Counter[str] = Counter()
         """Deployments that point at each."""
+        self._fetches = 0
         self._unwanted: set[str] = set()
         """Those that no deployment points at any more."""
         self._sources: dict[str, Source] = {}
@@ -125,6 +143,19 @@ class Residents:
         """True while an adapter that no deployment points at is still there."""
         return digest in self._unwanted
 
+    @property
+    def places(self) -> Places:
+        """Where adapters are now."""
+        device, host = self._residency.device, self._residency.host
+        return Places(
+            known=len(self._residency),
+            on_device=len(device),
+            device_bytes=device.nbytes,
+            on_host=len(host),
+            host_bytes=host.nbytes,
+            fetches=self._fetches,
+        )
+
     def require(self, digest: str) -> None:
         """Raises AdapterNotLoaded if the adapter was dropped."""
         if digest not in self._sources:
@@ -172,6 +203,7 @@ class Residents:
             self._coming.add(digest)
             self._reserve(digest)
             assert self.fetch is not None, "nobody brings adapters"
+            self._fetches += 1
             self.fetch(digest, self._sources[digest], self._host.get(digest))
 
     # What becomes of those that were fetched.

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorafold.engine.drains import Drained, DrainMode
+from lorafold.engine.residents import Places
 from lorafold.engine.weights_state import Transition
 from lorafold.errors import InvalidField
 from lorafold.services.events import duration
 from lorafold.v1 import weights_pb2 as pb
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import Group, Plan
+from lorafold_adapters.residency import Limits
 
 MODES: dict[int, DrainMode] = {
     pb.DRAIN_MODE_UNSPECIFIED: DrainMode.PARK,
@@ -75,6 +77,21 @@ def queued(groups: Mapping[Group, tuple[int, int]]) -> Iterable[pb.QueuedRows]:
     """Completions by adapter and policy."""
     for (adapter, kind), (running, waiting) in groups.items():
         yield pb.QueuedRows(adapter_digest=adapter or "", policy=kind.value, running=running, waiting=waiting)
+
+
+def residency(places: Places, limits: Limits) -> pb.Residency:
+    """Where adapters are."""
+    return pb.Residency(
+        known=places.known,
+        on_device=places.on_device,
+        device_slots=limits.device_slots,
+        device_bytes=places.device_bytes,
+        device_budget_bytes=limits.device_bytes,
+        on_host=places.on_host,
+        host_bytes=places.host_bytes,
+        host_budget_bytes=limits.host_bytes,
+        fetches=places.fetches,
+    )
 
 
 def report(done: Drained) -> pb.DrainReport:

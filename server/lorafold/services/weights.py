@@ -46,12 +46,15 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 lambda: (weights.state, weights.decision, [*weights.transitions], fold_states.costs(weights.costs))
             )
             state, decision, transitions, costs = await asyncio.wrap_future(look)
+            residents = self._engine.residents
+            places = await asyncio.wrap_future(self._engine.call(lambda: residents.places))
             return pb.GetFoldStateResponse(
                 fold_state=self._message(state),
                 decision=None if decision is None else fold_states.decision(decision),
                 transitions=[fold_states.transition(item) for item in transitions],
                 costs=costs,
                 queued=fold_states.queued(queued),
+                residency=fold_states.residency(places, residents.limits),
             )
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> pb.MergeAdapterResponse:

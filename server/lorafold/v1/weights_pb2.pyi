@@ -49,18 +49,20 @@ class GetFoldStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetFoldStateResponse(_message.Message):
-    __slots__ = ("fold_state", "decision", "transitions", "costs", "queued")
+    __slots__ = ("fold_state", "decision", "transitions", "costs", "queued", "residency")
     FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     fold_state: FoldState
     decision: Decision
     transitions: _containers.RepeatedCompositeFieldContainer[Transition]
     costs: Costs
     queued: _containers.RepeatedCompositeFieldContainer[QueuedRows]
-    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ..., queued: _Optional[_Iterable[_Union[QueuedRows, _Mapping]]] = ...) -> None: ...
+    residency: Residency
+    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ..., queued: _Optional[_Iterable[_Union[QueuedRows, _Mapping]]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("adapter_digest", "cause", "reason")
@@ -107,6 +109,28 @@ class StepCost(_message.Message):
     plain: _duration_pb2.Duration
     two_path: _duration_pb2.Duration
     def __init__(self, rows: _Optional[int] = ..., plain: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., two_path: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Residency(_message.Message):
+    __slots__ = ("known", "on_device", "device_slots", "device_bytes", "device_budget_bytes", "on_host", "host_bytes", "host_budget_bytes", "fetches")
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ON_HOST_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
+    known: int
+    on_device: int
+    device_slots: int
+    device_bytes: int
+    device_budget_bytes: int
+    on_host: int
+    host_bytes: int
+    host_budget_bytes: int
+    fetches: int
+    def __init__(self, known: _Optional[int] = ..., on_device: _Optional[int] = ..., device_slots: _Optional[int] = ..., device_bytes: _Optional[int] = ..., device_budget_bytes: _Optional[int] = ..., on_host: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., fetches: _Optional[int] = ...) -> None: ...
 
 class QueuedRows(_message.Message):
     __slots__ = ("adapter_digest", "policy", "running", "waiting")
