@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from lorafold_adapters.errors import DeviceFull
 from lorafold_adapters.tier import Tier
 
+UNLIMITED = 1 << 62
+"""Bytes that are no limit."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:

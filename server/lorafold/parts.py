@@ -43,13 +43,12 @@ from lorafold_adapters.costs import Costs
 from lorafold_adapters.errors import BaseMismatch
 from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
 from lorafold_adapters.identity import fingerprint, quantised_from
-from lorafold_adapters.residency import Limits
+from lorafold_adapters.residency import UNLIMITED, Limits
 from lorafold_adapters.stand_ins import FoldOptions
 from lorafold_adapters.turns import MeasuredTurns
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-UNLIMITED = 1 << 62
 PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 SERVICES = (
     "lorafold.v1.GenerationService",

@@ -76,7 +76,7 @@ def where(residency: "Residency") -> str:
 
 def megabytes(taken: int, most: int) -> str:
     """What is taken of a budget."""
-    return f"{taken / 1e6:,.1f} of {most / 1e6:,.1f} MB"
+    return f"{taken / 1e6:,.1f} of {most / 1e6:,.1f} MB" if most else f"{taken / 1e6:,.1f} MB"
 
 
 def named(reason: str, names: dict[str, str]) -> str:

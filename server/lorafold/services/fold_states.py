@@ -12,7 +12,7 @@ from lorafold.services.events import duration
 from lorafold.v1 import weights_pb2 as pb
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import Group, Plan
-from lorafold_adapters.residency import Limits
+from lorafold_adapters.residency import UNLIMITED, Limits
 
 MODES: dict[int, DrainMode] = {
     pb.DRAIN_MODE_UNSPECIFIED: DrainMode.PARK,
@@ -86,7 +86,7 @@ def residency(places: Places, limits: Limits) -> pb.Residency:
         on_device=places.on_device,
         device_slots=limits.device_slots,
         device_bytes=places.device_bytes,
-        device_budget_bytes=limits.device_bytes,
+        device_budget_bytes=0 if limits.device_bytes == UNLIMITED else limits.device_bytes,
         on_host=places.on_host,
         host_bytes=places.host_bytes,
         host_budget_bytes=limits.host_bytes,
