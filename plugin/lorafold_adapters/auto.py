@@ -110,7 +110,7 @@ class AutoChoice:
     def _compare(self, rates: dict[Side, float], seconds: float, now: float) -> None:
         present = rates[self._choice.folded]
         if self._choice.folded is not SHARED and rates[SHARED] > present:
-            self._choose(SHARED, Cause.SHARE_PAYS, f"{instead(rates[SHARED], present)} with all rows in one batch")
+            self._choose(SHARED, Cause.SHARE_PAYS, instead(rates[SHARED], "all rows in one batch", present))
             return
         self._lost = {
             side: max(0.0, self._lost.get(side, 0.0) + (made - present) * seconds)
@@ -120,7 +120,7 @@ class AutoChoice:
         better = max(self._lost, key=self._lost.__getitem__, default=self._choice.folded)
         pays = rates[better] > present > 0 and self._lost[better] >= self._cycle * rates[better]
         if pays and now >= self._owed:
-            gain = f"{instead(rates[better], present)} with {short(better)}"
+            gain = instead(rates[better], f"{short(better)} alone", present)
             self._choose(better, Cause.FOLD_PAYS, f"{gain}; the difference has paid for a swap")
 
     def _choose(self, side: Side, cause: Cause, reason: str) -> None:
@@ -129,9 +129,9 @@ class AutoChoice:
         self._beside_since = None
 
 
-def instead(rate: float, present: float) -> str:
+def instead(rate: float, how: str, present: float) -> str:
     """For people."""
-    return f"{rate:.0f} tokens/s instead of {present:.0f}"
+    return f"{rate:.0f} tokens/s with {how} instead of {present:.0f}"
 
 
 def rate(rows: int, seconds: float | None) -> float:
