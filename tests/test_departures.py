@@ -21,10 +21,10 @@ def hold(bench: Bench, folder: Path) -> None:
     bench.merge(bench.load(save_adapter(tiny_llama(), folder, 2, **KINDS["plain"]))).result(30)
 
 
-def released(bench: Bench, digest: str) -> Counts:
+def released(bench: Bench, digest: str, folder: Path) -> Counts:
     """What is told of an adapter that no deployment points at any more."""
     counts: Counts = queue.SimpleQueue()
-    bench.engine.call(lambda: bench.residents.release(digest))
+    bench.engine.call(lambda: bench.residents.release(digest, str(folder)))
     bench.engine.watch(digest, counts.put)
     return counts
 
@@ -37,8 +37,8 @@ def test_requests_are_counted_once_each_until_the_adapter_is_gone(adapter: Path,
         for name in ("a", "b"):
             bench.submit(name, [1, 2, 3], 40, adapter=digest, n=2)
         bench.submit("base", [1, 2, 3], 40)
-        assert released(bench, digest).get(timeout=30) is None  # Another deployment has it.
-        counts = released(bench, digest)
+        assert released(bench, digest, adapter).get(timeout=30) is None  # Another deployment has it.
+        counts = released(bench, digest, adapter)
         assert counts.get(timeout=30) == 2
         bench.engine.cancel("a")
         assert counts.get(timeout=30) == 1
@@ -53,7 +53,7 @@ def test_whoever_waits_hears_the_end_when_the_engine_stops(adapter: Path, tmp_pa
         hold(bench, tmp_path / "held")
         digest = bench.load(adapter)
         bench.submit("a", [1, 2, 3], 40, adapter=digest)
-        counts = released(bench, digest)
+        counts = released(bench, digest, adapter)
         assert counts.get(timeout=30) == 1
     assert counts.get(timeout=30) is None
     late: Counts = queue.SimpleQueue()

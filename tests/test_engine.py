@@ -134,7 +134,7 @@ def test_a_dropped_adapter_is_kept_until_its_rows_have_ended(adapter_on_llama: M
         whole = bench.submit("whole", PROMPT, 40, adapter=digest)
         assert isinstance(whole.last, Finished)
         running = bench.submit("running", PROMPT, 40, adapter=digest)
-        bench.engine.call(lambda: bench.residents.release(digest))
+        bench.engine.call(lambda: bench.residents.release(digest, ""))
         assert isinstance(running.last, Finished)
         assert running.tokens == whole.tokens
         bench.submit("turn", PROMPT).done.wait(30)

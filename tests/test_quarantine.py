@@ -144,7 +144,7 @@ def test_a_base_that_is_damaged_while_an_adapter_is_dropped_is_loaded_again(adap
         assert isinstance(merged.last, Finished)
         assert bench.manager.fold_state.folded == digest
         bench.engine.call(lambda: damage_the_copies(bench.manager)).result(30)
-        bench.engine.call(lambda: bench.residents.release(digest)).result(30)
+        bench.engine.call(lambda: bench.residents.release(digest, "")).result(30)
         assert isinstance(bench.submit("later", PROMPT).last, Finished)
         assert bench.recorder.health == [False, True]
         assert bench.engine.call(lambda: bench.manager.adapters).result(30) == {}

@@ -72,7 +72,7 @@ class Crowd:
         return self.bench.engine.call(partial(self.bench.residents.bound, digest)).result(30) is not None
 
     def release(self, digest: str, *, pinned: bool = False) -> None:
-        self.bench.engine.call(partial(self.bench.residents.release, digest, pinned=pinned)).result(30)
+        self.bench.engine.call(partial(self.bench.residents.release, digest, "", pinned=pinned)).result(30)
 
     def pin(self, digest: str) -> None:
         bound = self.bench.manager.bind(self.folders[digest])

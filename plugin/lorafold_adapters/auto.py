@@ -60,6 +60,10 @@ class AutoChoice:
             self._compare(rates, seconds, now)
         return self._choice
 
+    def pause(self) -> None:
+        """Somebody else has the next turn: nothing is lost meanwhile."""
+        self._last = float("inf")
+
     def _rates(self, view: QueueView) -> dict[Side, float]:
         """Tokens a second of the shared batch, and of the largest group and the present choice folded."""
         counts = {adapter: rows for (adapter, kind), rows in view.rows.items() if kind is PolicyKind.AUTO}

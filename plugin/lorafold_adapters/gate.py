@@ -11,7 +11,7 @@ MAX_DELTA_ERROR = 0.25
 """Folding is refused if more than this of the delta is lost: up to there each adapter of the demo set keeps over 90 %
 of its accuracy; at 0.4 one of them is down to 78 %, at 0.6 to 58 % (`python -m bench.fidelity`)."""
 REMEMBERED = 1000
-"""Adapters whose fidelity is kept; the one measured first goes first."""
+"""Adapters whose fidelity is kept; the one asked for least recently goes first."""
 
 
 class FoldGate:
@@ -28,7 +28,8 @@ class FoldGate:
         """How much of the adapter a fold keeps; takes about three folds the first time."""
         for _ in self.measure(bound):
             pass
-        return self._known[bound.digest]
+        self._known[bound.digest] = found = self._known.pop(bound.digest)  # It is the one asked for last.
+        return found
 
     def measure(self, bound: BoundAdapter) -> Iterator[ParameterFidelity]:
         """The same, parameter by parameter, for whoever has other work to do between two of them."""

@@ -46,6 +46,8 @@ class Residency:
         self._limits = limits
         self._device_is_host = device_is_host
         self._entries: dict[str, Entry] = {}
+        self.pinned: dict[str, None] = {}
+        """Those that stay on the device once they are there."""
         self.device = Tier(slots=limits.device_slots, budget=limits.device_bytes)
         self.host = Tier(slots=None, budget=limits.host_bytes)
 
@@ -58,7 +60,7 @@ class Residency:
         assert digest not in self._entries
         entry = Entry(host_bytes=host_bytes, device_bytes=device_bytes)
         self._refuse_too_large(digest, entry)
-        self._refuse_beside_pinned({**self._entries, digest: entry}, pinned=self._pinned())
+        self._refuse_beside_pinned({**self._entries, digest: entry}, pinned=set(self.pinned))
         self._entries[digest] = entry
 
     def remove(self, digest: str) -> None:
@@ -92,13 +94,16 @@ class Residency:
         self._hold(digest)
         self.touch(digest)
 
-    def pin(self, digest: str) -> None:
+    def pin(self, digest: str, *, instead_of: str | None = None) -> None:
         """Once it is on the device, it stays there until as many `unpin` it.
 
-        Raises DeviceFull unless a slot, and room for the largest of them, stays for those that are not pinned.
+        `instead_of`: one that is about to be unpinned, and does not count. Raises DeviceFull unless a slot, and room
+        for the largest of them, stays for those that are not pinned.
         """
-        self._refuse_beside_pinned(self._entries, pinned=self._pinned() | {digest})
+        leaving = {instead_of} if instead_of in self.pinned and self._entries[instead_of].pins == 1 else set()
+        self._refuse_beside_pinned(self._entries, pinned=self.pinned.keys() - leaving | {digest})
         self._entries[digest].pins += 1
+        self.pinned[digest] = None
         self._hold(digest)
 
     def unpin(self, digest: str) -> None:
@@ -106,11 +111,9 @@ class Residency:
         entry = self._entries[digest]
         assert entry.pins > 0, "not pinned"
         entry.pins -= 1
+        if not entry.pins:
+            del self.pinned[digest]
         self._hold(digest)
-
-    def is_pinned(self, digest: str) -> bool:
-        """True if it must not leave the device."""
-        return self._entries[digest].pins > 0
 
     def touch(self, digest: str) -> None:
         """It counts as the one used last."""
@@ -164,9 +167,6 @@ class Residency:
         if digest in self.host:
             same_memory = self._device_is_host and digest in self.device
             self.host.hold(digest, held=entry.uses > 0 or same_memory)
-
-    def _pinned(self) -> set[str]:
-        return {digest for digest, entry in self._entries.items() if entry.pins}
 
     def _refuse_too_large(self, digest: str, entry: Entry) -> None:
         limits = self._limits

@@ -33,6 +33,7 @@ class MeasuredTurns:
     def plan(self, view: QueueView, now: float) -> Plan:
         """See `Policy.plan`."""
         if view.held is not None:
+            self._auto.pause()
             what = "the base" if view.held.folded is SHARED else short(view.held.folded)
             return Plan(folded=view.held.folded, cause=Cause.HELD, reason=f"{what} is held by hand")
         sides = sides_of(view)
@@ -40,6 +41,7 @@ class MeasuredTurns:
         if self._side not in sides or (self._waiting and now - self._since >= self.turn_seconds(len(self._waiting))):
             self._turn(min(self._waiting, key=self._waiting.__getitem__), now, over=self._side in sides)
         if self._side is not SHARED:
+            self._auto.pause()
             return Plan(folded=self._side, cause=self._cause, reason=self._reason)
         return self._shared(view, now)
 

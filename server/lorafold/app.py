@@ -86,7 +86,7 @@ class App:
         until = time.monotonic() + grace
         self._in_flight.close()
         await self._health.enter_graceful_shutdown()
-        self.parts.engine.let_go()  # Or requests that wait on what is held could not finish.
+        self.parts.engine.wind_down()
         if not await self._in_flight.emptied(grace):
             log.warning("requests are cut off", requests=len(self._in_flight), after_seconds=grace)
             self.parts.engine.fail_all(
@@ -176,10 +176,10 @@ def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     builder = RequestBuilder(parts.base, parts.config.engine)
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics, in_flight)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
-    names = DeploymentService(parts.deployments, Changes(parts.deployments))
+    names = DeploymentService(parts.deployments, Changes(parts.deployments), in_flight)
     deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(names, server)
     exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
-    weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest)
+    weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest, in_flight)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

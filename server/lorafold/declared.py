@@ -44,7 +44,7 @@ async def reload(deployments: Deployments, entries: Sequence[DeploymentConfig]) 
     plan = reconcile(deployments.state, entries)
     while await deployments.settled(names_of(plan, deployments.state)):
         plan = reconcile(deployments.state, entries)
-    gone = [entry.name for entry in deployments.state.deleted if entry not in plan.deleted]
+    gone = forgotten(plan, deployments.state)
     with deployments.changing(*names_of(plan, deployments.state)):
         changes: dict[str, Deployment | None] = dict.fromkeys(record.name for record in plan.removed)
         with ExitStack() as staged:
@@ -60,15 +60,22 @@ async def reload(deployments: Deployments, entries: Sequence[DeploymentConfig]) 
 
 def names_of(plan: Plan, state: State) -> list[str]:
     """Every name that the plan changes anything about."""
-    forgotten = {entry.name for entry in state.deleted if entry not in plan.deleted}
-    return sorted({entry.name for entry, _ in plan.new} | {record.name for record in plan.removed} | forgotten)
+    named = {entry.name for entry, _ in plan.new} | {record.name for record in plan.removed}
+    return sorted(named.union(forgotten(plan, state)))
+
+
+def forgotten(plan: Plan, state: State) -> list[str]:
+    """Names of entries that clients deleted, and that are declared otherwise now, or no more."""
+    stay = {entry.name for entry in plan.deleted}
+    return [entry.name for entry in state.deleted if entry.name not in stay]
 
 
 async def follow(deployments: Deployments, entry: DeploymentConfig, record: Record | None) -> Deployment:
     """A deployment as the file says, staged. Raises ConfigError."""
     staging = deployments.staging
     try:
-        staged = await staging.put(await staging.reader.read(entry.source), entry)
+        served = deployments.served(entry.name)
+        staged = await staging.put(await staging.reader.read(entry.source), entry, instead_of=served)
     except AdapterError as error:
         raise ConfigError(f"deployment '{entry.name}': {error}") from error
     version = deployments.version(entry, staged)

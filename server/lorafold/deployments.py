@@ -110,6 +110,11 @@ class Deployments:
             raise DeploymentNotFound(f"no deployment is named '{name}': list them, or create it first")
         return self._by_name[name]
 
+    def served(self, name: str) -> Staged | None:
+        """What requests to it run on, if it is there and served."""
+        found = self._by_name.get(name)
+        return None if found is None else found.staged
+
     def all(self) -> list[Deployment]:
         """All of them, by name."""
         return [self._by_name[name] for name in sorted(self._by_name)]

@@ -3,7 +3,7 @@
 Pure: no adapters, no disk. docs/deployments.md has the same as a table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafold.config import DeploymentConfig
@@ -32,23 +32,23 @@ class Plan:
 def reconcile(state: State, entries: Sequence[DeploymentConfig]) -> Plan:
     """What becomes of the deployments of `state` under the file's `entries`."""
     records = {record.name: record for record in state.deployments}
-    deleted = tuple(entry for entry in state.deleted if entry in entries)
-    kept = {record.name: record for record in state.deployments if is_kept(record, entries)}
-    followed = [entry for entry in entries if entry.name not in kept and entry not in deleted]
+    declared = {entry.name: entry for entry in entries}
+    deleted = {entry.name: entry for entry in state.deleted if declared.get(entry.name) == entry}
+    kept = {record.name: record for record in state.deployments if is_kept(record, declared)}
+    followed = [entry for entry in entries if entry.name not in kept and entry.name not in deleted]
     names = {entry.name for entry in followed}
     return Plan(
         followed=tuple((entry, records.get(entry.name)) for entry in followed),
         kept=tuple(kept.values()),
         removed=tuple(record for record in state.deployments if record.name not in names | kept.keys()),
-        deleted=deleted,
+        deleted=tuple(deleted.values()),
     )
 
 
-def is_kept(record: Record, entries: Sequence[DeploymentConfig]) -> bool:
-    """True if clients decide what the deployment is."""
-    if record.declared is None:
-        return all(entry.name != record.name for entry in entries)
-    return record.declared in entries and record.current.wanted != record.declared
+def is_kept(record: Record, declared: Mapping[str, DeploymentConfig]) -> bool:
+    """True if clients decide what the deployment is. `declared`: the file's entries, by name."""
+    entry = declared.get(record.name)
+    return entry == record.declared and (entry is None or record.current.wanted != entry)
 
 
 def follows(record: Record | None, entry: DeploymentConfig) -> bool:

@@ -130,11 +130,13 @@ class Staging:
             self._engine.call(lambda: self._engine.lost(digest, told))
         self._metrics.fetched(self._loop.time() - begun, from_disk=from_disk)
 
-    async def put(self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody) -> Staged:
+    async def put(
+        self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody, *, instead_of: Staged | None = None
+    ) -> Staged:
         """Measures what a fold keeps of the adapter if the policy folds it, and loads it; `release` ends that.
 
-        Raises AdapterUnsupported or DeltaLost if the policy demands a mode that the adapter does not have, or
-        DeviceFull.
+        `instead_of`: what the deployment points at until then. Raises AdapterUnsupported or DeltaLost if the policy
+        demands a mode that the adapter does not have, or DeviceFull.
         """
         bound, policy = reading.bound, wanted.policy
         if policy is PolicyKind.UNMERGED and bound.route_refusal is not None:
@@ -146,24 +148,25 @@ class Staging:
             await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
         elif folding.refusal is not None and policy is PolicyKind.AUTO:
             log.warning("adapter stays unmerged", adapter=bound.digest, reason=folding.refusal)
-        await self._acquire(reading, pinned=wanted.pinned)
+        await self._acquire(reading, pinned=wanted.pinned, instead_of=instead_of)
         tell(Progress(stage=Stage.STAGED))
         facts = Facts.of(bound, self._manager.extra_bytes(bound))
         return Staged(facts=facts, origin=reading.origin, folding=folding, pinned=wanted.pinned)
 
-    async def _acquire(self, reading: Reading, *, pinned: bool) -> None:
+    async def _acquire(self, reading: Reading, *, pinned: bool, instead_of: Staged | None) -> None:
         """Stages the adapter beside the engine's steps, unless it is there; the rest is done between two of them."""
         source, residents, bound, staged = reading.origin.source, self._engine.residents, reading.bound, None
         if not await asyncio.wrap_future(self._engine.call(lambda: residents.here(bound.digest))):
             bound = await in_background(self._manager.pinned, bound)
             staged = await in_background(self._manager.stage, bound)
-        work = partial(residents.acquire, bound, source, staged=staged, pinned=pinned)
+        leaves = instead_of.facts.digest if instead_of is not None and instead_of.pinned else None
+        work = partial(residents.acquire, bound, source, staged=staged, pinned=pinned, instead_of=leaves)
         await asyncio.wrap_future(self._engine.call(work))
 
     def release(self, staged: Staged) -> None:
         """One deployment less points at it: it leaves the device when its last request has ended."""
-        digest, pinned = staged.facts.digest, staged.pinned
-        self._engine.call(lambda: self._engine.residents.release(digest, pinned=pinned))
+        digest, source, pinned = staged.facts.digest, staged.origin.source, staged.pinned
+        self._engine.call(lambda: self._engine.residents.release(digest, source, pinned=pinned))
 
     async def departing(self, digest: str) -> AsyncGenerator[int, None]:
         """How many requests still run on an adapter, now and whenever that changes; ends once its memory is free.

@@ -126,7 +126,8 @@ def update(
     from lorafold.v1 import deployment_pb2 as pb
 
     wanted = pb.Deployment(name=name, etag=etag, priority=priority, max_concurrency=max_concurrency, pinned=pinned)
-    if not set_source(wanted, source) and (policy, priority, max_concurrency) == (None, None, None):
+    settings = (policy, priority, max_concurrency, pinned)
+    if not set_source(wanted, source) and all(setting is None for setting in settings):
         raise click.UsageError(
             "nothing to change: give --adapter, --compose, --policy, --priority, --max-concurrency or --pinned"
         )

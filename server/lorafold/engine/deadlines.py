@@ -5,6 +5,9 @@ from itertools import count
 
 from lorafold.engine.rows import Row
 
+LEAST = 64
+"""Rows that are kept in any case."""
+
 
 class Deadlines:
     """Rows by their deadline, seconds on the engine's clock."""
@@ -12,11 +15,18 @@ class Deadlines:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Row]] = []
         self._count = count()
+        self._most = LEAST
+        """When it is so long, rows that have ended are taken out."""
 
     def add(self, row: Row) -> None:
         """One more row; nothing happens if it has no deadline."""
-        if row.request.deadline is not None:
-            heapq.heappush(self._heap, (row.request.deadline, next(self._count), row))
+        if row.request.deadline is None:
+            return
+        if len(self._heap) >= self._most:
+            self._heap = [item for item in self._heap if not item[2].ended]
+            heapq.heapify(self._heap)
+            self._most = max(LEAST, 2 * len(self._heap))
+        heapq.heappush(self._heap, (row.request.deadline, next(self._count), row))
 
     @property
     def next(self) -> float | None:

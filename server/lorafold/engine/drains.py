@@ -22,7 +22,7 @@ class DrainMode(Enum):
     """What requests in flight do that cannot run any more."""
 
     WAIT = "wait"
-    """They finish first, as they were; no other request starts meanwhile."""
+    """They finish first, as they were; no other request starts meanwhile. Those that nobody reads are parked."""
     PARK = "park"
     """They wait, their keys and values kept, and go on when they may."""
     TWO_PATH = "two_path"
@@ -74,8 +74,8 @@ class Drains:
         self._order: Order | None = None
         self._rows: dict[Row, None] = {}
         """Those that must end first."""
-        self._moved: dict[Row, None] = {}
-        """Those that go on unmerged for this order."""
+        self._moved: dict[Row, PolicyKind] = {}
+        """Those that go on unmerged for this order, and how they ran before."""
         self._done: Future[Drained] = Future()
         self._since = 0.0
         self._awaited = 0
@@ -86,6 +86,11 @@ class Drains:
         return self._order is not None
 
     @property
+    def adapter(self) -> str | None:
+        """The one that the present order needs on the device."""
+        return None if self._order is None else self._order.folded
+
+    @property
     def until(self) -> float | None:
         """When the present order is given up."""
         return None if self._order is None else self._order.until
@@ -93,7 +98,7 @@ class Drains:
     def begin(self, order: Order, done: "Future[Drained]") -> None:
         """Starts on an order; `done` then has what was done, or the error.
 
-        Raises FoldInProgress, or what `WeightsControl.refuse` raises.
+        Raises FoldInProgress, or what `WeightsControl.refuse_fold` raises.
         """
         if self._order is not None:
             raise FoldInProgress("another call is changing what is folded: wait for it, or cancel it, and try again")
@@ -103,7 +108,7 @@ class Drains:
         started = [row for row in self._scheduler.rows if row.admitted]
         stuck = [row for row in started if not order.runs(row)]
         if order.mode is DrainMode.TWO_PATH:
-            self._moved = dict.fromkeys(row for row in stuck if self._residents.runs_beside(row.request.adapter))
+            self._moved = {row: row.kind for row in stuck if self._residents.runs_beside(row.request.adapter)}
             for row in self._moved:
                 self._scheduler.move(row, PolicyKind.UNMERGED)
         leave = order.mode is DrainMode.PARK
@@ -118,32 +123,33 @@ class Drains:
         if order is None:
             return
         self._rows = {row: None for row in self._rows if not row.ended}
-        if not self._rows and self._there(order.folded):
+        if all(self._scheduler.is_paused(row) for row in self._rows) and self._residents.here(order.folded):
             self._carry_out(order)
         elif order.until is not None and self._now() > order.until:
             self.give_up(
                 DeadlineExceeded(
                     f"{len(self._rows)} completions were still running, nothing was changed: allow more time, or "
                     "park them (drain mode 'park')"
+                    if self._rows
+                    else "the adapter found no place on the device in time, nothing was changed: allow more time"
                 )
             )
-
-    def _there(self, folded: Side) -> bool:
-        """True if the adapter is on the device; has it brought otherwise."""
-        if folded is not None and not self._residents.here(folded):
-            self._residents.bring([folded])
-        return self._residents.here(folded)
 
     def give_up(self, error: LorafoldError) -> None:
         """Ends the present order, if there is one; nothing was changed."""
         if self._order is None:
             return
-        for row in self._moved:
+        for row, kind in self._moved.items():
             if not row.ended:
-                self._scheduler.move(row, row.request.policy)
+                self._scheduler.move(row, kind)
         done = self._finish()
         if not done.done():
             done.set_exception(error)
+
+    def lost(self, adapter: str, error: LorafoldError) -> None:
+        """An adapter cannot be brought: an order to fold it fails."""
+        if self.adapter == adapter:
+            self.give_up(error)
 
     def cancel(self, done: "Future[Drained]") -> None:
         """Gives up the order of this future if it is still under way: nobody waits for it any more."""
@@ -151,12 +157,14 @@ class Drains:
             self.give_up(EngineStopped("cancelled"))
 
     def _carry_out(self, order: Order) -> None:
-        moved, awaited, since = len(self._moved), self._awaited, self._since
+        moved, awaited, since = len(self._moved), self._awaited - len(self._rows), self._since
         done = self._finish()
         try:
             change = self._weights.obey(order.folded, hold=order.hold)
-        except LorafoldError as error:
+        except Exception as error:
             done.set_exception(error)
+            if not isinstance(error, LorafoldError):
+                raise
             return
         parked = sum(bool(row.admitted) and not order.runs(row) for row in self._scheduler.rows)
         done.set_result(

@@ -11,6 +11,8 @@ class Groups:
 
     def __init__(self) -> None:
         self._groups: dict[Group, Waits] = {}
+        self._limits: dict[str, int] = {}
+        """Of deployments that limit how many of their rows run, as their latest request has it."""
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -22,6 +24,11 @@ class Groups:
         """How many rows a group has."""
         return self._groups[group].rows
 
+    def runnable(self, group: Group) -> int:
+        """How many of them can run at once, as far as their deployments' limits go."""
+        waits = self._groups[group]
+        return waits.rows - sum(max(0, rows - self._limits[name]) for name, rows in waits.limited.items())
+
     def total(self) -> int:
         """Rows of all groups."""
         return sum(waits.rows for waits in self._groups.values())
@@ -30,12 +37,18 @@ class Groups:
         """One more row; how long it has waited stays."""
         waits = self._groups.setdefault(row.group, Waits())
         waits.rows += 1
+        name, most = row.request.deployment, row.request.max_concurrency
+        if most is not None:
+            self._limits[name] = most
+            waits.limited[name] += 1
         row.join(waits)
 
     def leave(self, row: Row) -> None:
         """One row less."""
         waits = self._groups[row.group]
         waits.rows -= 1
+        if row.request.max_concurrency is not None:
+            waits.limited[row.request.deployment] -= 1
         if not waits.rows:
             del self._groups[row.group]
 

@@ -125,6 +125,11 @@ class Engine:
         """Hands the weights to the policy before the next step, as they are."""
         return self.call(self.weights.let_go)
 
+    def wind_down(self) -> "Future[WeightsState]":
+        """Nothing is ordered or held any more, so that requests in flight can finish."""
+        self.call(lambda: self._drains.give_up(EngineStopped("the server is stopping, nothing was changed")))
+        return self.let_go()
+
     def queued(self) -> "Future[dict[Group, tuple[int, int]]]":
         """Running and waiting rows, by adapter and policy."""
         return self.call(self._scheduler.queued)
@@ -176,6 +181,7 @@ class Engine:
     def lost(self, adapter: str, error: LorafoldError) -> None:
         """An adapter could not be brought: its requests fail. On the engine's thread."""
         self.residents.failed(adapter)
+        self._drains.lost(adapter, error)
         self._requests.fail_all(error, lambda row: row.request.adapter == adapter)
 
     def _tidy(self) -> None:
@@ -184,10 +190,16 @@ class Engine:
         self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
         held = self.weights.held
         if not self.weights.damaged:
-            self.residents.sweep(self._scheduler.adapters)
+            self.residents.sweep(self._needed)
         self._observer.adapters(self.residents.places)
         self._idle = self._idle and self.weights.held == held
         self._departures.look(self._scheduler, self.residents.leaving)
+
+    @property
+    def _needed(self) -> set[str]:
+        """Adapters that must stay known, whether or not a deployment points at them."""
+        ordered = self._drains.adapter
+        return self._scheduler.adapters | ({ordered} if ordered is not None else set())
 
     def _patience(self) -> float | None:
         """How long to wait for a command: not at all while rows run, and else until a deadline passes."""
@@ -203,7 +215,9 @@ class Engine:
             self._answers.tell_rest()
             self._drains.advance()
             self._heal()
-        self.residents.bring(self._scheduler.lacking())
+        held, ordered = self.weights.held, self._drains.adapter
+        self.residents.hold(held.folded if held is not None else None)
+        self.residents.bring([*([ordered] if ordered is not None else []), *self._scheduler.lacking()])
         ready = self._scheduler.ready()
         self._idle = not ready
         if self._idle:
@@ -245,8 +259,8 @@ class Engine:
         self._on_health(False)
         told = BaseReloading("the base was found damaged and is being loaded again: send the request again")
         self._requests.fail_all(told, lambda row: row.read > 0)
+        self._scheduler.forget_cache()
         self.weights.recover()
-        self._scheduler.pool.forget()
         self._on_health(True)
 
     def _run(self, parts: list[Part], plan: Plan) -> None:

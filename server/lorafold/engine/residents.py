@@ -58,7 +58,8 @@ class Residents:
         self._fetches = 0
         self._unwanted: set[str] = set()
         """Those that no deployment points at any more."""
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, list[Source]] = {}
+        """Where deployments have each from."""
         self._routable: set[str] = set()
         self._host: dict[str, BoundAdapter] = {}
         self._here: dict[str, None] = {}
@@ -66,6 +67,8 @@ class Residents:
         self._coming: set[str] = set()
         self._reserved: set[str] = set()
         """Those that came for rows which have not started yet."""
+        self._held: str | None = None
+        """One that an operator holds in the weights."""
         self._leaving: str | None = None
         """One that rows hold, and that takes no more of them, so that another one gets its place."""
         self.fetch: Fetch | None = None
@@ -78,31 +81,42 @@ class Residents:
     # What deployments want.
 
     def acquire(
-        self, bound: BoundAdapter, source: Source, *, staged: Staged | None = None, pinned: bool = False
+        self,
+        bound: BoundAdapter,
+        source: Source,
+        *,
+        staged: Staged | None = None,
+        pinned: bool = False,
+        instead_of: str | None = None,
     ) -> None:
         """One more deployment points at this adapter; it goes on the device if there is room, or can be made.
 
-        Raises DeviceFull if it can never fit, or if too many are pinned.
+        `instead_of`: the adapter that the deployment points at now, if it is pinned. Raises DeviceFull if it can never
+        fit, or if too many are pinned.
         """
         digest = bound.digest
         if digest not in self._residency:
             size = self._manager.device_bytes(bound)
             self._residency.add(digest, host_bytes=bound.nbytes, device_bytes=size)
         self._unwanted.discard(digest)
-        self._sources[digest] = source
+        self._sources.setdefault(digest, []).append(source)
         if bound.route_refusal is None:
             self._routable.add(digest)
         try:
             if pinned:
-                self._residency.pin(digest)
+                self._residency.pin(digest, instead_of=instead_of)
             self._settle(bound, staged, pinned=pinned)
         except LorafoldError:
+            self._forget_source(digest, source)
             if not self._wanted[digest]:
                 self._unwanted.add(digest)
             raise
         self._wanted[digest] += 1
-        if pinned:
-            self.bring([digest])
+
+    def _forget_source(self, digest: str, source: Source) -> None:
+        """It is read from another folder from now on; the last one stays for requests in flight."""
+        if len(self._sources[digest]) > 1:
+            self._sources[digest].remove(source)
 
     def _settle(self, bound: BoundAdapter, staged: Staged | None, *, pinned: bool) -> None:
         """Puts it on the device if there is room, or can be made."""
@@ -115,8 +129,9 @@ class Residents:
                 self._residency.unpin(bound.digest)
             raise
 
-    def release(self, digest: str, *, pinned: bool = False) -> None:
-        """One deployment less points at this adapter."""
+    def release(self, digest: str, source: Source, *, pinned: bool = False) -> None:
+        """One deployment less points at this adapter, which it had from `source`."""
+        self._forget_source(digest, source)
         self._wanted[digest] -= 1
         if pinned:
             self._residency.unpin(digest)
@@ -129,6 +144,8 @@ class Residents:
         for digest in [found for found in self._reserved - self._coming if found not in needed]:
             self._unreserve(digest)
         for digest in [found for found in self._unwanted - self._coming if found not in needed]:
+            if digest == self._held:
+                self.hold(None)
             if digest in self._residency.device and not self._evict(digest):
                 return
             if digest in self._residency.host:
@@ -138,6 +155,16 @@ class Residents:
             self._routable.discard(digest)
             del self._sources[digest]
             log.info("adapter dropped", adapter=digest)
+
+    def hold(self, digest: str | None) -> None:
+        """What an operator holds in the weights from now on stays on the device; None: nothing."""
+        if digest == self._held:
+            return
+        if self._held is not None:
+            self._residency.unuse(self._held)
+        self._held = digest
+        if digest is not None:
+            self._residency.use(digest)
 
     def leaving(self, digest: str) -> bool:
         """True while an adapter that no deployment points at is still there."""
@@ -192,8 +219,9 @@ class Residents:
             self._residency.unuse(digest)
 
     def bring(self, lacking: Iterable[str]) -> None:
-        """Has adapters brought for rows that wait for them, in this order, as far as there is room for them."""
-        missing = [digest for digest in lacking if digest not in self._residency.device]
+        """Has adapters brought that are waited for, in this order, then pinned ones, as far as there is room."""
+        wanted = dict.fromkeys([*lacking, *self._residency.pinned])
+        missing = [digest for digest in wanted if digest not in self._residency.device]
         if not missing:
             self._leave_no_more()
         for digest in missing:
@@ -204,7 +232,7 @@ class Residents:
             self._reserve(digest)
             assert self.fetch is not None, "nobody brings adapters"
             self._fetches += 1
-            self.fetch(digest, self._sources[digest], self._host.get(digest))
+            self.fetch(digest, self._sources[digest][-1], self._host.get(digest))
 
     # What becomes of those that were fetched.
 
@@ -249,6 +277,8 @@ class Residents:
         return True
 
     def _keep_on_host(self, bound: BoundAdapter) -> None:
+        if not self._same_memory and any(tensor.is_cuda for tensor in bound.tensors()):
+            return  # As it is on the device: that is no copy.
         if bound.digest not in self._residency.host and self._take_host_place(bound.digest):
             self._host[bound.digest] = bound
 
@@ -284,11 +314,10 @@ class Residents:
         """The one with the fewest rows takes no more of them, or popular ones would keep others out for ever."""
         if self._leaving is not None:
             return
-        held = [
-            digest for digest in self._here if not self._residency.is_pinned(digest) and digest not in self._reserved
-        ]
-        if held:
-            self._leaving = min(held, key=self._residency.uses)
+        kept = {self._held, *self._reserved, *self._residency.pinned}
+        leaving = [digest for digest in self._here if digest not in kept]
+        if leaving:
+            self._leaving = min(leaving, key=self._residency.uses)
             self.changed()
 
     def _leave_no_more(self) -> None:

@@ -1,5 +1,6 @@
 """What waits and runs: one completion of a request, and what one step does of it. No tensors, no model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ class Waits:
     """Rows that have their turns together, and how long others had theirs."""
 
     rows: int = 0
+    limited: Counter[str] = field(default_factory=Counter)
+    """How many of them, by deployment, where that limits how many run."""
     seconds: float = 0.0
 
 
@@ -49,6 +52,8 @@ class Row:
     """The parts of `swap_wait` before it started, and before its first token."""
     preempted: int = 0
     """How often it gave up its room."""
+    stalled_once: bool = False
+    """True once it waited for its client."""
     ended: bool = False
     """True once it was removed."""
     sampling: SamplingState = field(init=False)

@@ -50,6 +50,10 @@ class Running:
     def __contains__(self, row: Row) -> bool:
         return row in self._rows
 
+    def of(self, deployment: str) -> int:
+        """How many rows of a deployment run."""
+        return self._by_deployment[deployment]
+
     def limited(self, row: Row) -> bool:
         """True if as many rows of its deployment run as may."""
         most = row.request.max_concurrency

@@ -2,7 +2,8 @@
 
 Pure Python: no tensors, no model. Rows start in the order of `FairQueue`; one whose turn it is not is passed over, but
 one that finds no room in the cache is not: nobody behind it starts before it. A row starts when its prompt fits the
-cache. If running rows outgrow it, the one that started last gives up its room and computes its tokens again later.
+cache. If running rows outgrow it, the one that started last, of those with the lowest priority, gives up its room and
+computes its tokens again later.
 """
 
 from collections import Counter
@@ -71,9 +72,10 @@ class Scheduler:
         return {adapter for adapter, _ in self._groups if adapter is not None}
 
     def ahead_of(self, row: Row) -> tuple[int, int]:
-        """Rows that would start before a new one in any case, and how many run at once."""
-        running = len(self._running)
-        return self._waiting.ahead_of(row), min(row.request.max_concurrency or running, running)
+        """Rows that would start before a new one and find no place now, and how many have one at once, at most."""
+        places = min(row.request.max_concurrency or self.max_batch, self.max_batch)
+        free = max(0, min(self.max_batch - len(self._running), places - self._running.of(row.request.deployment)))
+        return max(0, self._waiting.ahead_of(row) - free), places
 
     def queued(self) -> dict[Group, tuple[int, int]]:
         """Running and all other rows of each group."""
@@ -93,7 +95,7 @@ class Scheduler:
         if len(rows) > most:
             raise InvalidField("spec.n", f"{len(rows)} are too many: ask for {most}, or raise engine.max_queue")
         places = max(0, self.max_batch - len(self._running))
-        would_wait = len(self._waiting) + len(rows) - places
+        would_wait = len(self._waiting) + len(self._paused) + len(rows) - places
         if would_wait > self._max_waiting:
             raise QueueFull(
                 f"{would_wait} completions would wait, engine.max_queue allows {self._max_waiting}: try again later, "
@@ -116,7 +118,7 @@ class Scheduler:
         self._only, self._ready = rows, None
 
     def ready(self) -> Mapping[Group, int]:
-        """Groups that have a row that runs or can start, and how many rows they have in all.
+        """Groups that have a row that runs or can start, and how many rows that can, now or in their turn.
 
         The same object as long as that is so.
         """
@@ -125,7 +127,10 @@ class Scheduler:
             self._lacking = {}
             groups = {row.group for row in self._running if self._may(row)}
             groups.update(row.group for row in self._startable())
-            self._ready = {group: self._groups.rows(group) for group in self._groups if group in groups}
+            paused = Counter(row.group for row in self._paused)
+            self._ready = {
+                group: max(1, self._groups.runnable(group) - paused[group]) for group in self._groups if group in groups
+            }
             self._ready_at = available
         return self._ready
 
@@ -141,12 +146,13 @@ class Scheduler:
     def admit(self, plan: Plan, now: float) -> None:
         """Starts rows that run under this plan, as far as there is room.
 
-        While a fold state is held, rows that cannot run give up their room for those that can.
+        While a fold state is held, or some must end first, rows that cannot run give up their room for those that can.
         """
-        places = self.max_batch - sum(plan.runs(row.group) for row in self._running)
+        places = self.max_batch - sum(self._runs(row, plan) for row in self._running)
         if places <= 0:
             return
-        for row in self._held_startable(plan) if plan.cause is Cause.HELD else self._startable():
+        alone = plan.cause is Cause.HELD or self._only is not None
+        for row in self._startable_alone(plan) if alone else self._startable():
             if not plan.runs(row.group):
                 continue
             self._waiting.remove(row)
@@ -159,13 +165,16 @@ class Scheduler:
             if not places:
                 return
 
-    def _held_startable(self, plan: Plan) -> Iterator[Row]:
-        """Rows that run while this fold state is held; those that cannot have given up their room for them."""
+    def _runs(self, row: Row, plan: Plan) -> bool:
+        return plan.runs(row.group) and self._may(row)
+
+    def _startable_alone(self, plan: Plan) -> Iterator[Row]:
+        """Rows that can start once those that do not run have given up their room; they do so as far as it takes."""
         for row in self._waiting.heads():
-            if not plan.runs(row.group) or self._running.limited(row) or not self._can_use(row):
+            if not self._runs(row, plan) or self._running.limited(row) or not self._can_use(row):
                 continue
             while not self._running.fits(row):
-                parked = [other for other in self._running if not plan.runs(other.group)]
+                parked = [other for other in self._running if not self._runs(other, plan)]
                 if not parked:
                     return
                 self._preempt(parked[-1])
@@ -176,7 +185,7 @@ class Scheduler:
         for row in self._waiting.heads():
             if self._running.limited(row) or not self._may(row) or not self._can_use(row):
                 continue
-            if not self._running.fits(row):
+            if self._only is None and not self._running.fits(row):  # Else others give up their room for it.
                 return
             yield row
 
@@ -221,10 +230,20 @@ class Scheduler:
             self._waiting.push(row)
         self._ready = None
 
+    def is_paused(self, row: Row) -> bool:
+        """True if nobody takes its answer at present."""
+        return row in self._paused
+
+    def forget_cache(self) -> None:
+        """No key and no value is used again: running rows compute theirs anew."""
+        for row in [*self._running]:
+            self._preempt(row)
+        self.pool.forget()
+
     def pause(self, row: Row) -> None:
         """Takes a row out until `resume`; what it computed is found again unless its room is needed meanwhile."""
         self._take_out(row)
-        self._paused[row] = None
+        self._paused[row], row.stalled_once = None, True
 
     def resume(self, row: Row) -> None:
         """Puts a paused row at the head of its queue; others stay what they are."""
@@ -239,7 +258,7 @@ class Scheduler:
 
     def schedule(self, plan: Plan) -> list[Part]:
         """One step: a token for each row that decodes, then what is to be read, up to the budget."""
-        runs = [row for row in self._running if plan.runs(row.group) and self._may(row)]
+        runs = [row for row in self._running if self._runs(row, plan)]
         decoding = [row for row in runs if decodes(row)][: self.max_batch]
         for row in decoding:
             self._make_room(row, plan)
@@ -253,20 +272,21 @@ class Scheduler:
         return parts
 
     def _make_room(self, row: Row, plan: Plan) -> None:
-        """Makes room for the row's tokens; the rows that started last, itself perhaps, give theirs up for it."""
+        """Makes room for the row's tokens; the least urgent rows, itself perhaps, give theirs up for it."""
         while row in self._running:
             try:
                 self._running.grow(row)
             except KvFull:
-                self._preempt(self._last_beside(row, plan))
+                self._preempt(self._least_urgent(row, plan))
             else:
                 return
 
-    def _last_beside(self, row: Row, plan: Plan) -> Row:
-        """The row that started last; not `row` itself if then nothing could run."""
+    def _least_urgent(self, row: Row, plan: Plan) -> Row:
+        """Of the lowest priority, the row that started last; not `row` itself if then nothing could run."""
         others = [other for other in self._running if other is not row]
-        alone = not any(plan.runs(other.group) for other in others)
-        return others[-1] if alone else next(reversed(self._running))
+        alone = not any(self._runs(other, plan) for other in others)
+        among = others if alone else [*self._running]
+        return min(reversed(among), key=lambda one: one.request.priority)
 
     def _preempt(self, row: Row) -> None:
         row.preempted += 1

@@ -16,7 +16,7 @@ class StartTimes:
 
     def ended(self, row: Row, now: float) -> None:
         """A row came to its end."""
-        if row.admitted:
+        if row.admitted and not row.stalled_once:
             self._served.add(now - row.admitted)
 
     def check(self, row: Row, *, ahead: int, places: int, now: float) -> None:

@@ -11,6 +11,7 @@ from lorafold.deployments import Deployment, Deployments
 from lorafold.progress import Progress
 from lorafold.services.deployment_messages import change_of, message_of, progress_of, wanted_of
 from lorafold.services.fields import refuse_unknown_fields, required
+from lorafold.services.in_flight import InFlight
 from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold.v1 import deployment_pb2_grpc
@@ -22,7 +23,8 @@ DEFAULT_PAGE, MAX_PAGE = 50, 1000
 class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     """Translates. Changes go on to their end even if the caller hangs up."""
 
-    def __init__(self, deployments: Deployments, changes: Changes) -> None:
+    def __init__(self, deployments: Deployments, changes: Changes, in_flight: InFlight) -> None:
+        self._in_flight = in_flight
         self._deployments = deployments
         self._changes = changes
         self._tasks: set[asyncio.Task[Deployment]] = set()
@@ -32,6 +34,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     ) -> pb.CreateDeploymentResponse:
         """Callable once this returns."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
             required(request, "deployment")
             made = await asyncio.shield(self._changes.create(wanted_of(request.deployment)))
@@ -59,6 +62,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     ) -> pb.UpdateDeploymentResponse:
         """The hot swap."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             change = change_of(request)
             update = self._changes.update(request.deployment.name, change, request.deployment.etag)
             return pb.UpdateDeploymentResponse(deployment=message_of(await asyncio.shield(update)))
@@ -68,6 +72,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     ) -> AsyncIterator[pb.StreamUpdateDeploymentResponse]:
         """The hot swap, and what becomes of the adapter of before; a message for each step."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             change = change_of(request)
             steps: asyncio.Queue[Progress | None] = asyncio.Queue()
             update = self._changes.update(
@@ -84,6 +89,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     ) -> pb.RollbackDeploymentResponse:
         """Back to what was before the last update."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
             made = await asyncio.shield(self._changes.rollback(request.name, request.etag))
             return pb.RollbackDeploymentResponse(deployment=message_of(made))
@@ -93,6 +99,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     ) -> pb.DeleteDeploymentResponse:
         """Requests in flight finish first."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
             await asyncio.shield(self._changes.delete(request.name, request.etag))
             return pb.DeleteDeploymentResponse()

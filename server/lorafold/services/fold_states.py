@@ -14,6 +14,8 @@ from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import Group, Plan
 from lorafold_adapters.residency import UNLIMITED, Limits
 
+LONGEST_TIMEOUT = 366 * 86400.0
+"""Seconds."""
 MODES: dict[int, DrainMode] = {
     pb.DRAIN_MODE_UNSPECIFIED: DrainMode.PARK,
     pb.DRAIN_MODE_WAIT: DrainMode.WAIT,
@@ -35,9 +37,12 @@ def until(
     """When the call is given up, on the engine's clock. Raises InvalidField."""
     limits = [] if remaining is None else [remaining]
     if request.HasField("drain_timeout"):
-        limits.append(request.drain_timeout.ToTimedelta().total_seconds())
-        if limits[-1] <= 0:
-            raise InvalidField("drain_timeout", f"is {limits[-1]:g} s: give a positive time, or leave it out")
+        timeout = request.drain_timeout.seconds + request.drain_timeout.nanos / 1e9
+        if not 0 < timeout <= LONGEST_TIMEOUT or abs(request.drain_timeout.nanos) >= 10**9:
+            raise InvalidField(
+                "drain_timeout", f"is {timeout:g} s: give a positive time of at most a year, or leave it out"
+            )
+        limits.append(timeout)
     return now + min(limits) if limits else None
 
 

@@ -22,8 +22,7 @@ class InFlight:
     @contextmanager
     def one(self) -> Iterator[None]:
         """Around one call. Raises EngineStopped once `close` was called."""
-        if self._closed:
-            raise EngineStopped("the server is stopping: send the request to another one")
+        self.refuse_once_closed()
         self._calls += 1
         self._empty.clear()
         try:
@@ -32,6 +31,11 @@ class InFlight:
             self._calls -= 1
             if not self._calls:
                 self._empty.set()
+
+    def refuse_once_closed(self) -> None:
+        """Raises EngineStopped once `close` was called."""
+        if self._closed:
+            raise EngineStopped("the server is stopping: send the request to another one")
 
     def close(self) -> None:
         """From now on no call is taken; those that are in flight go on."""

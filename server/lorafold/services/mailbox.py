@@ -32,8 +32,9 @@ class Mailbox:
     def stalled(self) -> bool:
         """True if the client is so far behind that the request should pause. Any thread."""
         with self._lock:
-            self._stalled = self._unread >= self._limit
-            return self._stalled
+            full = self._unread >= self._limit
+            self._stalled = self._stalled or full  # Until `take` resumes: the request's other rows ask as well.
+            return full
 
     async def take(self) -> Event:
         """The next event."""

@@ -17,6 +17,7 @@ from lorafold.exports import Exports
 from lorafold.services import fold_states
 from lorafold.services.events import duration
 from lorafold.services.fields import refuse_unknown_fields
+from lorafold.services.in_flight import InFlight
 from lorafold.services.status import translated
 from lorafold.v1 import weights_pb2 as pb
 from lorafold.v1 import weights_pb2_grpc
@@ -30,8 +31,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     """Translates; every call is answered by the engine between two steps."""
 
-    def __init__(self, engine: Engine, deployments: Deployments, exports: Exports, base_fingerprint: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        deployments: Deployments,
+        exports: Exports,
+        base_fingerprint: str,
+        in_flight: InFlight,
+    ) -> None:
         self._engine = engine
+        self._in_flight = in_flight
         self._deployments = deployments
         self._exports = exports
         self._base_fingerprint = base_fingerprint
@@ -60,6 +69,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> pb.MergeAdapterResponse:
         """Folds and holds."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
             if request.deployment in ("", BASE):
                 raise InvalidField("deployment", "name a deployment with an adapter: the base has nothing to fold")
@@ -79,6 +89,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     async def UnmergeAdapter(self, request: pb.UnmergeAdapterRequest, context: Context) -> pb.UnmergeAdapterResponse:
         """Gives the base back."""
         async with translated(context):
+            self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
             done = await self._obeyed(request, context, None, hold=request.hold)
             return pb.UnmergeAdapterResponse(
