@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from lorafold.client import Client, ServerError, translated
 from lorafold.demo.reference import Reference
@@ -206,6 +207,11 @@ def test_bytes_that_are_no_message_end_that_call_alone(server: RunningServer, cl
     assert client.generate("abcdef").text == "abcdef"
 
 
+def draining(**timeout: int) -> weights_pb2.MergeAdapterRequest:
+    """A fold by hand with a timeout."""
+    return weights_pb2.MergeAdapterRequest(deployment="upper", drain_timeout=Duration(**timeout))
+
+
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [
@@ -288,6 +294,13 @@ def test_bytes_that_are_no_message_end_that_call_alone(server: RunningServer, cl
             "'name' cannot be updated",
         ),
         (lambda stubs: stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest()), INVALID, "nothing to fold"),
+        (
+            lambda stubs: stubs.weights.MergeAdapter(draining(seconds=10**11)),
+            INVALID,
+            "positive time of at most a year",
+        ),
+        (lambda stubs: stubs.weights.MergeAdapter(draining(seconds=-1)), INVALID, "is -1 s: give a positive time"),
+        (lambda stubs: stubs.weights.MergeAdapter(draining(nanos=2 * 10**9)), INVALID, "drain_timeout"),
         (
             lambda stubs: stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest(deployment="nobody")),
             "NOT_FOUND",

@@ -68,6 +68,8 @@ def test_deployments_from_create_to_delete(serve: Serve) -> None:
     changed = lorafold("deployments", "update", "it", "--adapter", str(DEMO / "shift"), *where)
     assert changed.returncode == 0, changed.stderr
     assert lorafold("generate", "-d", "it", "Hello there", *where).stdout == "Ifmmp uifsf\n"
+    pinned = lorafold("deployments", "update", "it", "--pinned", *where)
+    assert (pinned.returncode, "pinned          True" in pinned.stdout) == (0, True), pinned.stderr
     got = json.loads(lorafold("deployments", "get", "it", "--json", *where).stdout)
     assert (got["kind"], got["base_match"]) == ("LORA+dora", "same")
     assert lorafold("deployments", "delete", "it", *where).stdout == "deleted it\n"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafold.client import ServerError, translated
 from lorafold.v1 import weights_pb2
-from lorafold_adapters import AdapterManager
+from lorafold_adapters import AdapterManager, gate
 from lorafold_adapters.delta import AddProduct
 from lorafold_adapters.errors import DeltaLost
 from lorafold_adapters.fidelity import Fidelity, ParameterFidelity, measure
@@ -83,6 +83,22 @@ def test_measuring_changes_nothing_and_is_the_same_while_another_adapter_is_fold
     assert len(reports[0].by_parameter()) == 14
     worst = max(report.delta_error for report in reports[0].by_parameter().values())
     assert worst >= reports[0].delta_error > 0
+
+
+def test_what_is_folded_often_is_not_measured_again(
+    adapter_on_llama: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for two reports; many adapters are measured once, and one is folded between them."""
+    monkeypatch.setattr(gate, "REMEMBERED", 2)
+    manager = AdapterManager(tiny_llama())
+    bound = [manager.load(f"{seed}", adapter_on_llama(seed=seed, **KINDS["plain"])) for seed in range(5)]
+    manager.fidelity("0")
+    for seed in range(1, 5):
+        manager.merge_adapter("0")
+        manager.unmerge_adapter()
+        manager.fidelity(f"{seed}")
+    assert manager.gate.parameters(bound[0]) == 0
+    assert manager.gate.parameters(bound[1]) > 0  # Negative control.
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 import pytest
 
-from lorafold.client import Client, ServerError
+from lorafold.client import Client, ServerError, translated
 from lorafold.v1 import generation_pb2 as pb
-from lorafold.v1 import generation_pb2_grpc
+from lorafold.v1 import generation_pb2_grpc, weights_pb2
 from tests.conftest import RunningServer, demo_config, serving, wait_until_idle
+from tests.deployments import delete, update
 from tests.processes import Serve, config_file
 
 ENDLESS: Any = {"temperature": 100.0, "seed": 1, "max_tokens": 480, "stop": ["\0"]}
@@ -36,6 +37,15 @@ def test_a_server_that_stops_refuses_new_requests_and_finishes_old_ones(tmp_path
             client.generate("abc", deployment="upper")
         assert (caught.value.code, caught.value.reason) == ("UNAVAILABLE", "DRAINING")
         assert caught.value.retry_after
+        for change in (
+            lambda: client.stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest(deployment="upper")),
+            lambda: client.stubs.weights.UnmergeAdapter(weights_pb2.UnmergeAdapterRequest()),
+            lambda: update(client, "upper", priority=3),
+            lambda: delete(client, "upper"),
+        ):
+            with translated(), pytest.raises((grpc.RpcError, ServerError)) as refused:
+                change()
+            assert "the server is stopping" in str(refused.value)
         assert len([*stream]) > 0
     assert running.wait()[0] == 0
 

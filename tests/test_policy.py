@@ -260,3 +260,19 @@ def test_costs_forget_what_was_long_ago() -> None:
     for seconds in (*[0.5] * 40, *[0.01] * 40):
         known.step(adapters=0, rows=1, seconds=seconds)
     assert known.plain_seconds(1) == 0.01
+
+
+def test_turns_of_others_are_no_loss_of_the_shared_side() -> None:
+    """How many steps of its own it takes until the shared side folds, with nobody else and with others between."""
+    rows: dict[Group, int] = {("a", AUTO): 4}
+    alone = turns_of(run(policy(), rows, 5))
+    shared, others = policy(), {**rows, ("m", MERGED): 1}
+    now, own = 0.0, 0
+    while True:
+        plan = shared.plan(view(others), now)
+        if plan.folded == "a":
+            break
+        own += plan.folded is SHARED
+        now += STEP
+    assert alone[0][0] is SHARED
+    assert own == pytest.approx(alone[0][1], abs=2 + own // 10)

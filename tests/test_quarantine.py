@@ -18,8 +18,9 @@ from lorafold_adapters.copies import Copies
 from lorafold_adapters.errors import BaseCorrupt
 from lorafold_adapters.policy import PolicyKind
 from tests.conftest import demo_config, serving
-from tests.engines import Bench
+from tests.engines import Bench, Collected
 from tests.models import KINDS, assert_same_weights, logits_of, prompts, tiny_llama, weights_of
+from tests.test_parity import generated
 
 MakeAdapter = Callable[..., Path]
 PROMPT = [5, 6, 7]
@@ -219,3 +220,39 @@ def test_clients_see_the_quarantine_and_the_right_answer_after_it() -> None:
         assert state.reloads == 1
         assert server.client.stubs.weights.VerifyBase(pb.VerifyBaseRequest()).restored
         watch.cancel()
+
+
+def test_a_prefix_that_a_damaged_base_computed_is_not_used_after_the_reload() -> None:
+    """One row found its prefix in the cache, and another one's prompt is still being read when the base is reloaded."""
+    long, prefix = prompts(1, 200, seed=3)[0].tolist(), prompts(1, 64, seed=5)[0].tolist()
+    expected = generated(tiny_llama(), [*prefix, 9, 8, 7], 12)
+    with Bench(tiny_llama(), prefill=16) as bench:
+
+        def damage() -> None:
+            with torch.no_grad():
+                for parameter in bench.model.model.layers.parameters():
+                    parameter.mul_(-1.5).add_(0.3)
+
+        bench.engine.call(damage).result(30)
+        assert isinstance(bench.submit("warm", prefix, 2).last, Finished)
+        running, hit = Collected(), Collected()
+        found: list[int] = []
+
+        def verify_once_it_is_found() -> None:
+            rows = [row for row in bench.scheduler.running if row.request.id == "hit"]
+            found.extend(row.cached for row in rows if not row.read)
+            if not found and not hit.done.is_set():
+                bench.engine.call(verify_once_it_is_found)
+            else:
+                assert bench.engine.weights.verify().mismatched
+
+        def arrive() -> None:
+            bench.engine.submit(bench.request("long", long, 4), running)
+            bench.engine.submit(bench.request("hit", [*prefix, 9, 8, 7], 12, deployment="e"), hit)
+            bench.engine.call(verify_once_it_is_found)
+
+        bench.engine.call(arrive).result(30)
+        assert isinstance(running.last, Failed)
+        assert isinstance(hit.last, Finished)
+        assert found == [64]  # It had begun on what the damaged base computed.
+        assert hit.tokens == expected

@@ -69,3 +69,20 @@ def test_an_entry_that_is_followed_already_is_not_new() -> None:
     assert reconcile(remembered("a", "a"), [made("a")]).new == ()
     assert len(reconcile(remembered("a", "a"), [made("b")]).new) == 1  # Negative control.
     assert len(reconcile(remembered(None, "a"), [made("a")]).new) == 1
+
+
+def test_a_thousand_entries_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [DeploymentConfig(name=f"d{number}", adapter="a") for number in range(1000)]
+    records = [Record.new(Version(wanted=entry, digest="d", base="b"), entry) for entry in entries[:500]]
+    state = State(deployments=tuple(records), deleted=tuple(entries[500:]))
+    compared = [0]
+    real = DeploymentConfig.__eq__
+
+    def counted(one: DeploymentConfig, other: object) -> bool:
+        compared[0] += 1
+        return real(one, other)
+
+    monkeypatch.setattr(DeploymentConfig, "__eq__", counted)
+    plan = reconcile(state, entries)
+    assert (len(plan.followed), len(plan.deleted), plan.new) == (500, 500, ())
+    assert 1000 <= compared[0] < 6000

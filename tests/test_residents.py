@@ -189,3 +189,47 @@ def test_one_that_nobody_points_at_leaves_every_memory(crowd: Crowd) -> None:
     assert isinstance(late.last, Failed)
     assert isinstance(late.last.error, AdapterNotLoaded)
     assert bench.manager.verify_base() == []
+
+
+def test_an_adapter_is_read_from_a_folder_that_a_deployment_still_has(adapter_on_llama: MakeAdapter) -> None:
+    with Bench(tiny_llama()) as probe:
+        size = probe.manager.bind(adapter_on_llama(seed=1, **KINDS["plain"])).nbytes
+    limits = Limits(device_slots=1, device_bytes=1 << 40, host_bytes=size)
+    with Bench(tiny_llama(), limits=limits) as bench:
+        crowd = crowd_of(bench, adapter_on_llama, 2)
+        digest = crowd.digests[0]
+        copy = Path(shutil.copytree(crowd.folders[digest], crowd.folders[digest].with_name("copy")))
+        assert bench.load(copy) == digest
+        bench.engine.call(partial(bench.residents.release, digest, str(copy))).result(30)
+        shutil.rmtree(copy)
+        for asked in [*crowd.digests, *crowd.digests]:
+            crowd.right(crowd.ask(asked), asked)
+        assert crowd.reads
+
+
+def test_a_pinned_one_comes_once_there_is_room(crowd: Crowd) -> None:
+    bench, (cold, *_, first, second) = crowd.bench, crowd.digests
+    busy = [bench.submit(f"{digest}", PROMPT, 200, adapter=digest, deployment=digest) for digest in (first, second)]
+    while not all(answer.tokens for answer in busy):
+        bench.engine.call(lambda: None).result(30)
+    crowd.pin(cold)
+    assert cold not in crowd.here()
+    for answer in busy:
+        assert isinstance(answer.last, Finished)
+    while cold not in crowd.here():
+        assert bench.engine.call(lambda: bench.residents.places.fetches).result(30) <= 1
+    crowd.right(crowd.ask(cold), cold)
+
+
+def test_a_pinned_deployment_is_pointed_at_another_adapter_in_the_last_slot_that_may_be_pinned(crowd: Crowd) -> None:
+    bench, (one, other, *_) = crowd.bench, crowd.digests
+    crowd.pin(one)
+    with pytest.raises(DeviceFull):  # Negative control: beside it there is no room.
+        crowd.pin(other)
+    bound = bench.manager.bind(crowd.folders[other])
+    swap = partial(bench.residents.acquire, bound, "", pinned=True, instead_of=one)
+    bench.engine.call(swap).result(30)
+    crowd.release(one, pinned=True)
+    assert bench.engine.call(lambda: [*bench.residents._residency.pinned]).result(30) == [other]
+    for digest in crowd.digests:
+        crowd.right(crowd.ask(digest), digest)

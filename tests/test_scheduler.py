@@ -464,3 +464,41 @@ def test_no_room_is_ever_lost_or_shared(actions: list[str], pages: int) -> None:
     end_all(scheduler)
     scheduler.check_integrity()
     assert scheduler.pool.available == pages
+
+
+def test_the_least_urgent_row_gives_up_its_room_and_of_those_the_last() -> None:
+    """Negative control: with one priority it is the one that started last."""
+    for priorities, loser in (((5, 5, 5), "2"), ((0, 5, 5), "0"), ((0, 0, 5), "1")):
+        scheduler = scheduler_of(rows=3, pages=8)
+        for number, priority in enumerate(priorities):
+            one = row(f"{number}", 7, deployment=f"d{number}", max_tokens=9, priority=priority)
+            scheduler.add(one)
+            scheduler.admit(plan(SHARED), 0.0)
+        assert len(scheduler.running) == 3
+        preempted: list[str] = []
+        for _ in range(20):
+            for part in scheduler.schedule(plan(SHARED)):
+                scheduler.ran(part)
+                part.row.tokens.append(1)
+            preempted = [one.request.id for one in scheduler.rows if one.preempted]
+            if preempted:
+                break
+        assert preempted == [loser]
+
+
+def test_the_policy_is_told_of_rows_that_can_run() -> None:
+    scheduler = scheduler_of(rows=8, waiting=99)
+    limited = [row(f"{number}", deployment="limited", max_concurrency=2) for number in range(10)]
+    free = [row(f"free-{number}", deployment="free") for number in range(3)]
+    scheduler.add(*limited)
+    scheduler.add(*free)
+    (group,) = scheduler.ready()
+    assert scheduler.ready()[group] == 5
+    scheduler.pause(free[0])
+    assert scheduler.ready()[group] == 4
+    scheduler.resume(free[0])
+    for one in limited[:9]:
+        scheduler.remove(one)
+    assert scheduler.ready()[group] == 4
+    scheduler.remove(limited[9])
+    assert scheduler.ready()[group] == 3
