@@ -72,7 +72,8 @@ def test_deployments_from_create_to_delete(serve: Serve) -> None:
     assert (pinned.returncode, "pinned          True" in pinned.stdout) == (0, True), pinned.stderr
     got = json.loads(lorafold("deployments", "get", "it", "--json", *where).stdout)
     assert (got["kind"], got["base_match"]) == ("LORA+dora", "same")
-    assert lorafold("deployments", "delete", "it", *where).stdout == "deleted it\n"
+    assert "changed since you read it" in lorafold("deployments", "delete", "it", "--etag", "old", *where).stderr
+    assert lorafold("deployments", "delete", "it", "--etag", got["etag"], *where).stdout == "deleted it\n"
     assert "'it'" in lorafold("generate", "-d", "it", "Hello", *where).stderr
 
 

@@ -157,13 +157,14 @@ def rollback(name: str, etag: str, as_json: bool, address: str) -> None:
 
 @deployments.command()
 @click.argument("name")
+@etag_option
 @address_option
-def delete(name: str, address: str) -> None:
+def delete(name: str, etag: str, address: str) -> None:
     """Remove NAME; requests in flight finish first."""
     from lorafold.v1 import deployment_pb2 as pb
 
     with connected(address) as client:
-        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name))
+        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name, etag=etag))
     click.echo(f"deleted {name}")
 
 
