@@ -129,7 +129,7 @@ class Reader:
         routes = {}
         for module in unrouted(bound):
             work = partial(self._manager.route, bound, module)
-            routes[module] = await asyncio.wrap_future(self._engine.call(work))
+            routes[module] = await self._engine.asked(work)
         return self._manager.with_routes(bound, routes)
 
 

@@ -107,7 +107,7 @@ class Staging:
         Raises AdapterChanged if it is not there any more, or a subclass of AdapterError.
         """
         digest = staged.facts.digest
-        bound = await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.bound(digest)))
+        bound = await self._engine.asked(lambda: self._engine.residents.bound(digest))
         if bound is not None:
             return Reading(bound=bound, origin=staged.origin)
         return await self.reader.read_same(staged.origin.source, digest)
@@ -123,7 +123,7 @@ class Staging:
                 reading = await self.reader.read_same(source, digest, urgent=True)
                 bound = await in_own_thread(self._manager.pinned, reading.bound)
             here, staged = bound, await in_own_thread(self._manager.stage, bound)
-            await asyncio.wrap_future(self._engine.call(lambda: self._engine.residents.arrived(here, staged)))
+            await self._engine.asked(lambda: self._engine.residents.arrived(here, staged))
         except Exception as error:
             told = error if isinstance(error, LorafoldError) else AdapterCorrupt(f"the adapter cannot be read: {error}")
             log.error("adapter cannot be brought", adapter=digest, reason=str(error), exc_info=told is not error)
@@ -145,7 +145,7 @@ class Staging:
         if policy is not PolicyKind.UNMERGED:
             folding = await self._measured(bound, tell)
         if folding.refusal is not None and (policy is PolicyKind.MERGED or bound.route_refusal is not None):
-            await asyncio.wrap_future(self._engine.call(lambda: self._manager.gate.check(bound)))
+            await self._engine.asked(lambda: self._manager.gate.check(bound))
         elif folding.refusal is not None and policy is PolicyKind.AUTO:
             log.warning("adapter stays unmerged", adapter=bound.digest, reason=folding.refusal)
         await self._acquire(reading, pinned=wanted.pinned, instead_of=instead_of)
@@ -156,12 +156,12 @@ class Staging:
     async def _acquire(self, reading: Reading, *, pinned: bool, instead_of: Staged | None) -> None:
         """Stages the adapter beside the engine's steps, unless it is there; the rest is done between two of them."""
         source, residents, bound, staged = reading.origin.source, self._engine.residents, reading.bound, None
-        if not await asyncio.wrap_future(self._engine.call(lambda: residents.here(bound.digest))):
+        if not await self._engine.asked(lambda: residents.here(bound.digest)):
             bound = await in_background(self._manager.pinned, bound)
             staged = await in_background(self._manager.stage, bound)
         leaves = instead_of.facts.digest if instead_of is not None and instead_of.pinned else None
         work = partial(residents.acquire, bound, source, staged=staged, pinned=pinned, instead_of=leaves)
-        await asyncio.wrap_future(self._engine.call(work))
+        await self._engine.asked(work)
 
     def release(self, staged: Staged) -> None:
         """One deployment less points at it: it leaves the device when its last request has ended."""
@@ -194,7 +194,7 @@ class Staging:
         def measure_one() -> Folding | None:
             return None if next(parameters, None) is not None else self._folding(bound)
 
-        while (folding := await asyncio.wrap_future(self._engine.call(measure_one))) is None:
+        while (folding := await self._engine.asked(measure_one)) is None:
             done += 1
             tell(Progress(stage=Stage.MEASURED, done=done, total=gate.parameters(bound)))
         return folding

@@ -3,6 +3,7 @@
 Everybody else puts requests and commands into the inbox, which is read between steps.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -107,6 +108,10 @@ class Engine:
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Runs `function` on the engine's thread between two steps."""
         return self._inbox.call(function)
+
+    async def asked(self, function: Callable[[], T]) -> T:
+        """The same for an event loop, which goes on meanwhile. Raises what the function raises."""
+        return await asyncio.wrap_future(self.call(function))
 
     def order(self, order: Order) -> "Future[Drained]":
         """Folds an adapter or gives the base back, over the policy, once those in flight let it.

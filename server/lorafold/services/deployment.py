@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
 from lorafold.changes import Changes
-from lorafold.deployments import Deployment, Deployments
+from lorafold.deployments import Deployments
 from lorafold.progress import Progress
 from lorafold.services.deployment_messages import change_of, message_of, progress_of, wanted_of
 from lorafold.services.fields import refuse_unknown_fields, required
@@ -16,6 +16,7 @@ from lorafold.services.status import translated
 from lorafold.v1 import deployment_pb2 as pb
 from lorafold.v1 import deployment_pb2_grpc
 
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_PAGE, MAX_PAGE = 50, 1000
 
@@ -27,7 +28,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
         self._in_flight = in_flight
         self._deployments = deployments
         self._changes = changes
-        self._tasks: set[asyncio.Task[Deployment]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def CreateDeployment(
         self, request: pb.CreateDeploymentRequest, context: Context
@@ -37,7 +38,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
             self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
             required(request, "deployment")
-            made = await asyncio.shield(self._changes.create(wanted_of(request.deployment)))
+            made = await asyncio.shield(self._kept(self._changes.create(wanted_of(request.deployment))))
             return pb.CreateDeploymentResponse(deployment=message_of(made))
 
     async def GetDeployment(self, request: pb.GetDeploymentRequest, context: Context) -> pb.GetDeploymentResponse:
@@ -65,7 +66,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
             self._in_flight.refuse_once_closed()
             change = change_of(request)
             update = self._changes.update(request.deployment.name, change, request.deployment.etag)
-            return pb.UpdateDeploymentResponse(deployment=message_of(await asyncio.shield(update)))
+            return pb.UpdateDeploymentResponse(deployment=message_of(await asyncio.shield(self._kept(update))))
 
     async def StreamUpdateDeployment(
         self, request: pb.StreamUpdateDeploymentRequest, context: Context
@@ -91,7 +92,7 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
         async with translated(context):
             self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
-            made = await asyncio.shield(self._changes.rollback(request.name, request.etag))
+            made = await asyncio.shield(self._kept(self._changes.rollback(request.name, request.etag)))
             return pb.RollbackDeploymentResponse(deployment=message_of(made))
 
     async def DeleteDeployment(
@@ -101,12 +102,12 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
         async with translated(context):
             self._in_flight.refuse_once_closed()
             refuse_unknown_fields(request)
-            await asyncio.shield(self._changes.delete(request.name, request.etag))
+            await asyncio.shield(self._kept(self._changes.delete(request.name, request.etag)))
             return pb.DeleteDeploymentResponse()
 
-    def _kept(self, update: Coroutine[Any, Any, Deployment]) -> "asyncio.Task[Deployment]":
+    def _kept(self, change: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """A task that goes on if nobody waits for it any more."""
-        task = asyncio.create_task(update)
+        task = asyncio.create_task(change)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # Seen, even if nobody waits.

@@ -51,12 +51,11 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             refuse_unknown_fields(request)
             queued = await asyncio.wrap_future(self._engine.queued())
             weights = self._engine.weights
-            look = self._engine.call(
+            state, decision, transitions, costs = await self._engine.asked(
                 lambda: (weights.state, weights.decision, [*weights.transitions], fold_states.costs(weights.costs))
             )
-            state, decision, transitions, costs = await asyncio.wrap_future(look)
             residents = self._engine.residents
-            places = await asyncio.wrap_future(self._engine.call(lambda: residents.places))
+            places = await self._engine.asked(lambda: residents.places)
             return pb.GetFoldStateResponse(
                 fold_state=self._message(state),
                 decision=None if decision is None else fold_states.decision(decision),
@@ -128,7 +127,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         """Reads every weight."""
         async with translated(context):
             refuse_unknown_fields(request)
-            found = await asyncio.wrap_future(self._engine.call(lambda: self._engine.weights.verify()))
+            found = await self._engine.asked(lambda: self._engine.weights.verify())
             return pb.VerifyBaseResponse(
                 restored=not found.mismatched,
                 tensors_checked=found.tensors,
