@@ -1,5 +1,6 @@
 """A server with more deployments than device slots and little host memory: answers, pins, folders that change."""
 
+import asyncio
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafold.client import ServerError
+from lorafold.declared import reload
 from lorafold.demo.reference import Reference
 from lorafold.v1 import weights_pb2
 from tests.conftest import DEMO, serving
@@ -72,3 +74,19 @@ def test_pinning_is_kept_and_refused_when_no_slot_would_be_left(tmp_path: Path) 
         assert update(client, "rot13", pinned=True).pinned
         assert client.generate("abc", deployment="rot13").text == "nop"
         delete(client, "rot13")
+
+
+def test_a_pin_goes_over_to_the_new_adapter_and_to_another_deployment(tmp_path: Path) -> None:
+    """Two slots, of which one may be pinned: a hot swap of the pinned one, then a file that pins another one."""
+    declared = [{**entry("one", DEMO / "upper"), "pinned": True}, entry("other", DEMO / "rot13")]
+    with serving(server_of(tmp_path, *declared, residency=SMALL)) as server:
+        client = server.client
+        assert update(client, "one", adapter_path=str(DEMO / "shift")).pinned
+        assert client.generate("abc", deployment="one").text == "bcd"
+        moved = [entry("one", DEMO / "upper"), {**entry("other", DEMO / "rot13"), "pinned": True}]
+        entries = server_of(tmp_path, *moved, residency=SMALL).deployments
+        asyncio.run_coroutine_threadsafe(reload(server.app.parts.deployments, entries), server.loop).result(60)
+        assert {name: item.pinned for name, item in listed(client).items()} == {"one": False, "other": True}
+        assert [client.generate("abc", deployment=name).text for name in ("one", "other")] == ["ABC", "nop"]
+        with pytest.raises(ServerError, match="pin fewer"):  # Negative control.
+            update(client, "one", pinned=True)

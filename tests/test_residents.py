@@ -227,7 +227,7 @@ def test_a_pinned_deployment_is_pointed_at_another_adapter_in_the_last_slot_that
     with pytest.raises(DeviceFull):  # Negative control: beside it there is no room.
         crowd.pin(other)
     bound = bench.manager.bind(crowd.folders[other])
-    swap = partial(bench.residents.acquire, bound, "", pinned=True, instead_of=one)
+    swap = partial(bench.residents.acquire, bound, "", pinned=True, instead_of=[one])
     bench.engine.call(swap).result(30)
     crowd.release(one, pinned=True)
     assert bench.engine.call(lambda: [*bench.residents._residency.pinned]).result(30) == [other]

@@ -5,7 +5,8 @@ says that it is placed, which counts its bytes from then on, and only then copie
 thread-safe: one thread asks and tells.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorafold_adapters.errors import DeviceFull
@@ -94,14 +95,15 @@ class Residency:
         self._hold(digest)
         self.touch(digest)
 
-    def pin(self, digest: str, *, instead_of: str | None = None) -> None:
+    def pin(self, digest: str, *, instead_of: Iterable[str] = ()) -> None:
         """Once it is on the device, it stays there until as many `unpin` it.
 
-        `instead_of`: one that is about to be unpinned, and does not count. Raises DeviceFull unless a slot, and room
-        for the largest of them, stays for those that are not pinned.
+        `instead_of`: those that are about to be unpinned once, which do not count. Raises DeviceFull unless a slot,
+        and room for the largest of them, stays for those that are not pinned.
         """
-        leaving = {instead_of} if instead_of in self.pinned and self._entries[instead_of].pins == 1 else set()
-        self._refuse_beside_pinned(self._entries, pinned=self.pinned.keys() - leaving | {digest})
+        leaving = Counter(instead_of)
+        stay = {found for found in self.pinned if self._entries[found].pins > leaving[found]}
+        self._refuse_beside_pinned(self._entries, pinned=stay | {digest})
         self._entries[digest].pins += 1
         self.pinned[digest] = None
         self._hold(digest)

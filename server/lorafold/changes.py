@@ -118,7 +118,7 @@ class Changes:
     async def _point(
         self, old: Deployment, wanted: DeploymentConfig, reading: Reading, tell: Tell = nobody
     ) -> Deployment:
-        staged = await self._staging.put(reading, wanted, tell, instead_of=old.staged)
+        staged = await self._staging.put(reading, wanted, tell, instead_of=[old.staged] if old.staged else [])
         new = Deployment(record=old.record.pointing_at(self._deployments.version(wanted, staged)), staged=staged)
         await self._deployments.commit({old.name: new}, {}, tell)
         log.info("deployment updated", name=old.name, adapter=new.digest, before=old.digest, policy=wanted.policy.value)

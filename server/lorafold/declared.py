@@ -4,7 +4,7 @@ At start, what the file declares must be servable, or the server does not start;
 cannot be served, with the reason. Later it is all of the file's changes or none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import structlog
@@ -13,7 +13,7 @@ from lorafold.config import DeploymentConfig
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import ConfigError, EngineStopped, StateNotSaved
 from lorafold.reconcile import Plan, reconcile
-from lorafold.staging import Staging
+from lorafold.staging import Staged, Staging
 from lorafold.state import Record, State
 from lorafold_adapters.errors import AdapterError, LorafoldError
 
@@ -47,9 +47,10 @@ async def reload(deployments: Deployments, entries: Sequence[DeploymentConfig]) 
     gone = forgotten(plan, deployments.state)
     with deployments.changing(*names_of(plan, deployments.state)):
         changes: dict[str, Deployment | None] = dict.fromkeys(record.name for record in plan.removed)
+        before = [deployments.served(name) for name in names_of(plan, deployments.state)]
         with ExitStack() as staged:
             for entry, record in plan.new:
-                made = await follow(deployments, entry, record)
+                made = await follow(deployments, entry, record, instead_of=[found for found in before if found])
                 changes[entry.name] = made
                 staged.callback(deployments.staging.release, made.served)
             staged.pop_all()
@@ -70,12 +71,13 @@ def forgotten(plan: Plan, state: State) -> list[str]:
     return [entry.name for entry in state.deleted if entry.name not in stay]
 
 
-async def follow(deployments: Deployments, entry: DeploymentConfig, record: Record | None) -> Deployment:
-    """A deployment as the file says, staged. Raises ConfigError."""
+async def follow(
+    deployments: Deployments, entry: DeploymentConfig, record: Record | None, *, instead_of: Iterable[Staged] = ()
+) -> Deployment:
+    """A deployment as the file says, staged. `instead_of`: see `Staging.put`. Raises ConfigError."""
     staging = deployments.staging
     try:
-        served = deployments.served(entry.name)
-        staged = await staging.put(await staging.reader.read(entry.source), entry, instead_of=served)
+        staged = await staging.put(await staging.reader.read(entry.source), entry, instead_of=instead_of)
     except AdapterError as error:
         raise ConfigError(f"deployment '{entry.name}': {error}") from error
     version = deployments.version(entry, staged)

@@ -5,7 +5,7 @@ Knows no names: `deployments.py` points them at what is staged here.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -131,11 +131,11 @@ class Staging:
         self._metrics.fetched(self._loop.time() - begun, from_disk=from_disk)
 
     async def put(
-        self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody, *, instead_of: Staged | None = None
+        self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody, *, instead_of: Iterable[Staged] = ()
     ) -> Staged:
         """Measures what a fold keeps of the adapter if the policy folds it, and loads it; `release` ends that.
 
-        `instead_of`: what the deployment points at until then. Raises AdapterUnsupported or DeltaLost if the policy
+        `instead_of`: what is released once this is in force. Raises AdapterUnsupported or DeltaLost if the policy
         demands a mode that the adapter does not have, or DeviceFull.
         """
         bound, policy = reading.bound, wanted.policy
@@ -153,13 +153,13 @@ class Staging:
         facts = Facts.of(bound, self._manager.extra_bytes(bound))
         return Staged(facts=facts, origin=reading.origin, folding=folding, pinned=wanted.pinned)
 
-    async def _acquire(self, reading: Reading, *, pinned: bool, instead_of: Staged | None) -> None:
+    async def _acquire(self, reading: Reading, *, pinned: bool, instead_of: Iterable[Staged]) -> None:
         """Stages the adapter beside the engine's steps, unless it is there; the rest is done between two of them."""
         source, residents, bound, staged = reading.origin.source, self._engine.residents, reading.bound, None
         if not await self._engine.asked(lambda: residents.here(bound.digest)):
             bound = await in_background(self._manager.pinned, bound)
             staged = await in_background(self._manager.stage, bound)
-        leaves = instead_of.facts.digest if instead_of is not None and instead_of.pinned else None
+        leaves = [before.facts.digest for before in instead_of if before.pinned]
         work = partial(residents.acquire, bound, source, staged=staged, pinned=pinned, instead_of=leaves)
         await self._engine.asked(work)
 

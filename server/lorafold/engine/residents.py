@@ -87,11 +87,11 @@ class Residents:
         *,
         staged: Staged | None = None,
         pinned: bool = False,
-        instead_of: str | None = None,
+        instead_of: Iterable[str] = (),
     ) -> None:
         """One more deployment points at this adapter; it goes on the device if there is room, or can be made.
 
-        `instead_of`: the adapter that the deployment points at now, if it is pinned. Raises DeviceFull if it can never
+        `instead_of`: pinned ones whose `release` follows once this is in force. Raises DeviceFull if it can never
         fit, or if too many are pinned.
         """
         digest = bound.digest
