@@ -112,7 +112,7 @@ class Driven:
     def take_off(self, adapters: Sequence[BoundAdapter]) -> None:
         """Gives the base back and drops the adapters. Raises RuntimeError unless every module is what it was."""
         for bound in adapters:
-            self.call(partial(self._engine.residents.release, bound.digest))
+            self.call(partial(self._engine.residents.release, bound.digest, ""))
         self.call(lambda: self._engine.residents.sweep(set()))
         if self._manager.adapters or self._classes() != self._bare:
             raise RuntimeError("the model is not what it was before adapters were on it")
