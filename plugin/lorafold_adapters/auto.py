@@ -4,17 +4,23 @@ Each option makes so many tokens a second: all rows in one two-path batch, or th
 others wait. Whenever folding is better, the tokens that are lost without it add up; once they are what folding and
 giving the base back cost, it is done. That is the ski rental rule (Karlin et al., "Competitive randomized algorithms
 for nonuniform problems", 1994): it never loses more than twice what a prophet would, oscillates only when it pays, and
-has no constant that is not measured. Both halves of a cycle are paid for before it begins, so a fold is left as soon as
-serving all rows together makes more tokens: no row stands beside it for the sake of hysteresis.
+has no constant that is not measured. Two things bend it. An adapter that is alone is folded at once if it has usually
+stayed alone for long enough (`Spells`). And where others would stand beside the fold, twice as much must have been
+lost, as they will want their share, which is one more swap there and back. Both halves of a swap are paid for before it
+begins, so a fold is left as soon as serving all rows together makes more tokens: no row stands beside it for the sake
+of hysteresis.
 """
 
 from dataclasses import dataclass
 
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import SHARED, Cause, PolicyKind, QueueView, Side, short
+from lorafold_adapters.spells import Spells
 
 LONGEST_STEP = 1.0
 """Seconds between two plans that count at most: a pause is nobody's loss."""
+BESIDE = 2
+"""Swaps there and back that must be paid for before others have to wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,7 @@ class AutoChoice:
         self._choice = Choice()
         self._lost: dict[Side, float] = {}
         """Tokens that each other option would have made more than the present one."""
+        self._spells = Spells()
         self._last = float("inf")
         self._beside_since: float | None = None
         """Since when rows wait beside the folded adapter."""
@@ -51,17 +58,19 @@ class AutoChoice:
         rates = self._rates(view)
         seconds = max(0.0, min(now - self._last, LONGEST_STEP))
         self._last = now
+        alone = alone_in(view)
+        self._spells.gained(alone, seconds * gain(rates, alone))
         if self._choice.folded not in rates:
             self._choose(SHARED, Cause.SHARE_PAYS, f"no rows left for {short(self._choice.folded)}")
-        elif (waited := self._waited(view, now)) and waited >= self._patience:
+        if (waited := self._waited(view, now)) and waited >= self._patience:
             self._owed = now + waited * self._owed_for_waiting(view, rates)
             self._choose(SHARED, Cause.WAITED, f"others waited {waited:.2g} s beside {short(self._choice.folded)}")
         else:
-            self._compare(rates, seconds, now)
+            self._compare(rates, alone, seconds, now)
         return self._choice
 
     def pause(self) -> None:
-        """Somebody else has the next turn: nothing is lost meanwhile."""
+        """Somebody else has the next turn, or nobody has rows: nothing is lost meanwhile."""
         self._last = float("inf")
 
     def _rates(self, view: QueueView) -> dict[Side, float]:
@@ -111,7 +120,7 @@ class AutoChoice:
         share = (folded * gain - everyone + folded) / (everyone * gain) if gain > 0 else 0.0
         return 1 / share - 1 if share > 0 else 1.0
 
-    def _compare(self, rates: dict[Side, float], seconds: float, now: float) -> None:
+    def _compare(self, rates: dict[Side, float], alone: Side, seconds: float, now: float) -> None:
         present = rates[self._choice.folded]
         if self._choice.folded is not SHARED and rates[SHARED] > present:
             self._choose(SHARED, Cause.SHARE_PAYS, instead(rates[SHARED], "all rows in one batch", present))
@@ -122,15 +131,30 @@ class AutoChoice:
             if side != self._choice.folded
         }
         better = max(self._lost, key=self._lost.__getitem__, default=self._choice.folded)
-        pays = rates[better] > present > 0 and self._lost[better] >= self._cycle * rates[better]
-        if pays and now >= self._owed:
-            gain = instead(rates[better], f"{short(better)} alone", present)
-            self._choose(better, Cause.FOLD_PAYS, f"{gain}; the difference has paid for a swap")
+        if not rates[better] > present > 0 or now < self._owed:
+            return
+        why = instead(rates[better], f"{short(better)} alone", present)
+        if alone is not None and self._spells.expected(alone) >= self._cycle:
+            self._choose(better, Cause.FOLD_PAYS, f"{why}; it usually stays alone for long enough to pay for a swap")
+        elif self._lost[better] >= (BESIDE if alone is None else 1) * self._cycle * rates[better]:
+            self._choose(better, Cause.FOLD_PAYS, f"{why}; the difference has paid for a swap")
 
     def _choose(self, side: Side, cause: Cause, reason: str) -> None:
         self._choice = Choice(folded=side, cause=cause, reason=reason)
         self._lost = {}
         self._beside_since = None
+
+
+def alone_in(view: QueueView) -> Side:
+    """The adapter that has the shared side to itself, and may be folded; None if there is none."""
+    groups = [group for group in view.rows if group[1] is not PolicyKind.MERGED]
+    adapter, kind = groups[0] if len(groups) == 1 else (SHARED, PolicyKind.AUTO)
+    return adapter if kind is PolicyKind.AUTO else SHARED
+
+
+def gain(rates: dict[Side, float], side: Side) -> float:
+    """Share of the time that folding this adapter saves; 0 if nobody knows."""
+    return max(0.0, 1 - rates[SHARED] / rates[side]) if rates.get(side) else 0.0
 
 
 def instead(rate: float, how: str, present: float) -> str:

@@ -96,6 +96,10 @@ class Policy(Protocol):
         """`view.rows` is not empty; `now` is in seconds on the caller's clock."""
         ...
 
+    def pause(self) -> None:
+        """No row can run: the time until the next plan is nobody's loss."""
+        ...
+
 
 def short(side: Side) -> str:
     """A side, for people."""

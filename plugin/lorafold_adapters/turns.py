@@ -45,6 +45,10 @@ class MeasuredTurns:
             return Plan(folded=self._side, cause=self._cause, reason=self._reason)
         return self._shared(view, now)
 
+    def pause(self) -> None:
+        """See `Policy.pause`."""
+        self._auto.pause()
+
     def turn_seconds(self, others: int) -> float:
         """How long a turn lasts while so many other sides wait."""
         swap = self._costs.swap_seconds or UNMEASURED_TURN * self._swap_share

@@ -227,6 +227,7 @@ class Engine:
         self._idle = not ready
         if self._idle:
             self._answers.tell_rest()
+            self.weights.pause()
             return
         start = self._count_waits()
         plan = self.weights.plan(ready, self._scheduler.max_batch, start, draining=self._drains.active)

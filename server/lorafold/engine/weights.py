@@ -106,6 +106,10 @@ class WeightsControl:
         self.decision = plan
         return plan
 
+    def pause(self) -> None:
+        """No row can run before the next plan."""
+        self._policy.pause()
+
     def _foldable(self, rows: Mapping[Group, int]) -> Mapping[Group, int]:
         """The same, with `auto` rows as unmerged ones where a fold has failed before."""
         if not self._unfoldable:
