@@ -131,7 +131,7 @@ def test_whatever_is_asked_in_whatever_order(seed: int, adapter_on_llama: MakeAd
         assert bench.engine.call(bench.manager.verify_base).result(30) == []
         check(chaos, generated(tiny_llama(), PROMPT, LENGTH))
         for digest in crowd.digests:
-            assert bench.engine.call(partial(bench.residents._residency.uses, digest)).result(30) == 0
+            assert bench.engine.call(partial(bench.residents._books.uses, digest)).result(30) == 0
     state = bench.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in pristine.items())
     assert not [error for error in bench.recorder.death if error]

@@ -123,7 +123,7 @@ def test_those_that_the_host_has_no_room_for_are_read_from_disk(adapter_on_llama
         for digest in crowd.digests * 2:
             crowd.right(crowd.ask(digest), digest)
         assert crowd.reads >= 5
-        assert bench.engine.call(lambda: len(bench.residents._host)).result(30) <= 3
+        assert bench.engine.call(lambda: len(bench.residents._memory._host)).result(30) <= 3
         gone = next(digest for digest in crowd.digests if not crowd.in_memory(digest))
         shutil.rmtree(crowd.folders[gone])
         other = next(digest for digest in crowd.digests if digest != gone)
@@ -230,6 +230,6 @@ def test_a_pinned_deployment_is_pointed_at_another_adapter_in_the_last_slot_that
     swap = partial(bench.residents.acquire, bound, "", pinned=True, instead_of=[one])
     bench.engine.call(swap).result(30)
     crowd.release(one, pinned=True)
-    assert bench.engine.call(lambda: [*bench.residents._residency.pinned]).result(30) == [other]
+    assert bench.engine.call(lambda: [*bench.residents._books.pinned]).result(30) == [other]
     for digest in crowd.digests:
         crowd.right(crowd.ask(digest), digest)

@@ -59,7 +59,7 @@ class Engine:
         """Only for functions handed to `call`."""
         self.residents = residents
         """Likewise."""
-        residents.changed, residents.give_back = scheduler.refresh, weights.give_back
+        residents.connect(changed=scheduler.refresh, give_back=weights.give_back)
         self._runner = runner
         self._scheduler = scheduler
         self._requests = Tracker(scheduler, residents, vocabulary, self.now, overlap=overlap)

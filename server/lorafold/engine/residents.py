@@ -12,11 +12,12 @@ from typing import Protocol
 
 import structlog
 
+from lorafold.engine.adapter_memory import AdapterMemory
 from lorafold.recipes import Source
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.errors import AdapterNotLoaded, BaseCorrupt, LorafoldError
-from lorafold_adapters.residency import Limits, Residency
+from lorafold_adapters.errors import AdapterNotLoaded, LorafoldError
+from lorafold_adapters.residency import Limits
 from lorafold_adapters.staging import Staged
 
 log = structlog.get_logger(__name__)
@@ -50,9 +51,8 @@ class Residents:
 
     def __init__(self, manager: AdapterManager, limits: Limits) -> None:
         self.limits = limits
-        self._manager = manager
-        self._same_memory = manager.model.device.type == "cpu"
-        self._residency = Residency(limits, device_is_host=self._same_memory)
+        self._memory = AdapterMemory(manager, limits)
+        self._books = self._memory.books
         self._wanted: Counter[str] = Counter()
         """Deployments that point at each."""
         self._fetches = 0
@@ -61,9 +61,6 @@ class Residents:
         self._sources: dict[str, list[Source]] = {}
         """Where deployments have each from."""
         self._routable: set[str] = set()
-        self._host: dict[str, BoundAdapter] = {}
-        self._here: dict[str, None] = {}
-        """Those on the device, in the order in which they came."""
         self._coming: set[str] = set()
         self._reserved: set[str] = set()
         """Those that came for rows which have not started yet."""
@@ -73,10 +70,18 @@ class Residents:
         """One that rows hold, and that takes no more of them, so that another one gets its place."""
         self.fetch: Fetch | None = None
         """Who brings adapters; without one, only those are served that are on the device."""
-        self.changed: Callable[[], object] = lambda: None
-        """Called whenever other rows may start than before."""
-        self.give_back: Callable[[str], object] = lambda _: None
-        """Called before an adapter leaves the device: it must not be in the weights then. Raises BaseCorrupt."""
+
+    def connect(self, *, changed: Callable[[], object], give_back: Callable[[str], object]) -> None:
+        """`changed` is called whenever other rows may start than before; `give_back` before an adapter leaves the
+        device: it must not be in the weights then. That may raise BaseCorrupt.
+        """
+
+        def leave(digest: str) -> None:
+            give_back(digest)
+            if digest == self._leaving:
+                self._leaving = None
+
+        self._memory.changed, self._memory.give_back = changed, leave
 
     # What deployments want.
 
@@ -95,17 +100,13 @@ class Residents:
         fit, or if too many are pinned.
         """
         digest = bound.digest
-        if digest not in self._residency:
-            size = self._manager.device_bytes(bound)
-            self._residency.add(digest, host_bytes=bound.nbytes, device_bytes=size)
+        self._memory.add(bound)
         self._unwanted.discard(digest)
         self._sources.setdefault(digest, []).append(source)
         if bound.route_refusal is None:
             self._routable.add(digest)
         try:
-            if pinned:
-                self._residency.pin(digest, instead_of=instead_of)
-            self._settle(bound, staged, pinned=pinned)
+            self._settle(bound, staged, pinned=pinned, instead_of=instead_of)
         except LorafoldError:
             self._forget_source(digest, source)
             if not self._wanted[digest]:
@@ -113,28 +114,27 @@ class Residents:
             raise
         self._wanted[digest] += 1
 
+    def _settle(self, bound: BoundAdapter, staged: Staged | None, *, pinned: bool, instead_of: Iterable[str]) -> None:
+        if pinned:
+            self._books.pin(bound.digest, instead_of=instead_of)
+        try:
+            self._memory.settle(bound, staged)
+        except LorafoldError:
+            if pinned:
+                self._books.unpin(bound.digest)
+            raise
+
     def _forget_source(self, digest: str, source: Source) -> None:
         """It is read from another folder from now on; the last one stays for requests in flight."""
         if len(self._sources[digest]) > 1:
             self._sources[digest].remove(source)
-
-    def _settle(self, bound: BoundAdapter, staged: Staged | None, *, pinned: bool) -> None:
-        """Puts it on the device if there is room, or can be made."""
-        try:
-            self._keep_on_host(bound)
-            if bound.digest not in self._residency.device and self._take_place(bound.digest):
-                self._load(bound.digest, staged or bound)
-        except LorafoldError:
-            if pinned:
-                self._residency.unpin(bound.digest)
-            raise
 
     def release(self, digest: str, source: Source, *, pinned: bool = False) -> None:
         """One deployment less points at this adapter, which it had from `source`."""
         self._forget_source(digest, source)
         self._wanted[digest] -= 1
         if pinned:
-            self._residency.unpin(digest)
+            self._books.unpin(digest)
         if not self._wanted[digest]:
             del self._wanted[digest]
             self._unwanted.add(digest)
@@ -146,11 +146,8 @@ class Residents:
         for digest in [found for found in self._unwanted - self._coming if found not in needed]:
             if digest == self._held:
                 self.hold(None)
-            if digest in self._residency.device and not self._evict(digest):
+            if not self._memory.forget(digest):
                 return
-            if digest in self._residency.host:
-                self._leave_host(digest)
-            self._residency.remove(digest)
             self._unwanted.discard(digest)
             self._routable.discard(digest)
             del self._sources[digest]
@@ -161,10 +158,10 @@ class Residents:
         if digest == self._held:
             return
         if self._held is not None:
-            self._residency.unuse(self._held)
+            self._books.unuse(self._held)
         self._held = digest
         if digest is not None:
-            self._residency.use(digest)
+            self._books.use(digest)
 
     def leaving(self, digest: str) -> bool:
         """True while an adapter that no deployment points at is still there."""
@@ -173,9 +170,9 @@ class Residents:
     @property
     def places(self) -> Places:
         """Where adapters are now."""
-        device, host = self._residency.device, self._residency.host
+        device, host = self._books.device, self._books.host
         return Places(
-            known=len(self._residency),
+            known=len(self._books),
             on_device=len(device),
             device_bytes=device.nbytes,
             on_host=len(host),
@@ -190,7 +187,7 @@ class Residents:
 
     def bound(self, digest: str) -> BoundAdapter | None:
         """The adapter, if it is in any memory."""
-        return self._host.get(digest) or self._manager.adapters.get(digest)
+        return self._memory.bound(digest)
 
     def runs_beside(self, digest: str | None) -> bool:
         """True if rows of this adapter can run unmerged."""
@@ -200,136 +197,76 @@ class Residents:
 
     def here(self, digest: str | None) -> bool:
         """True if the adapter is on the device."""
-        return digest is None or digest in self._here
+        return digest is None or digest in self._memory.on_device
 
     def takes(self, digest: str | None) -> bool:
         """True if rows of this adapter may start."""
-        return digest is None or (digest in self._here and digest != self._leaving)
+        return digest is None or (digest in self._memory.on_device and digest != self._leaving)
 
     def use(self, digest: str | None) -> None:
         """A row of this adapter has started."""
         if digest is not None:
-            self._residency.use(digest)
+            self._books.use(digest)
             if digest in self._reserved:
                 self._unreserve(digest)
 
     def unuse(self, digest: str | None) -> None:
         """A row of this adapter has no place any more."""
         if digest is not None:
-            self._residency.unuse(digest)
+            self._books.unuse(digest)
 
     def bring(self, lacking: Iterable[str]) -> None:
         """Has adapters brought that are waited for, in this order, then pinned ones, as far as there is room."""
-        wanted = dict.fromkeys([*lacking, *self._residency.pinned])
-        missing = [digest for digest in wanted if digest not in self._residency.device]
+        wanted = dict.fromkeys([*lacking, *self._books.pinned])
+        missing = [digest for digest in wanted if digest not in self._books.device]
         if not missing:
             self._leave_no_more()
         for digest in missing:
-            if not self._take_place(digest):
+            if not self._memory.take_place(digest):
                 self._let_one_leave()
                 return
             self._coming.add(digest)
             self._reserve(digest)
             assert self.fetch is not None, "nobody brings adapters"
             self._fetches += 1
-            self.fetch(digest, self._sources[digest][-1], self._host.get(digest))
+            self.fetch(digest, self._sources[digest][-1], self._memory.on_host(digest))
 
     # What becomes of those that were fetched.
 
     def arrived(self, bound: BoundAdapter, staged: Staged) -> None:
         """It was brought. Raises DeviceFull if it cannot be loaded after all: `failed` follows."""
         self._coming.discard(bound.digest)
-        self._load(bound.digest, staged)
-        if bound.digest in self._residency.host:
-            self._host[bound.digest] = bound
-        else:
-            self._keep_on_host(bound)
+        self._memory.fill_place(bound, staged)
 
     def failed(self, digest: str) -> None:
         """It could not be brought."""
         self._coming.discard(digest)
         self._unreserve(digest)
-        if digest in self._residency.device:
-            self._residency.left_device(digest)
-        if digest in self._residency.host and digest not in self._host:
-            self._residency.left_host(digest)
-        self.changed()
+        self._memory.leave_place(digest)
+        self._memory.changed()
 
-    # Room.
-
-    def _take_place(self, digest: str) -> bool:
-        """Makes room on the device and takes it; False if those in use fill it. Raises BaseCorrupt."""
-        victims = self._residency.room_on_device(digest)
-        if victims is None or not all(self._evict(victim) for victim in victims):
-            return False
-        if self._same_memory and digest not in self._residency.host and not self._take_host_place(digest):
-            return False
-        self._residency.placed_on_device(digest)
-        return True
-
-    def _take_host_place(self, digest: str) -> bool:
-        victims = self._residency.room_on_host(digest)
-        if victims is None:
-            return False
-        for victim in victims:
-            self._leave_host(victim)
-        self._residency.placed_on_host(digest)
-        return True
-
-    def _keep_on_host(self, bound: BoundAdapter) -> None:
-        if not self._same_memory and any(tensor.is_cuda for tensor in bound.tensors()):
-            return  # As it is on the device: that is no copy.
-        if bound.digest not in self._residency.host and self._take_host_place(bound.digest):
-            self._host[bound.digest] = bound
-
-    def _leave_host(self, digest: str) -> None:
-        self._residency.left_host(digest)
-        self._host.pop(digest, None)
-
-    def _load(self, digest: str, adapter: BoundAdapter | Staged) -> None:
-        try:
-            self._manager.load(digest, adapter)
-        except LorafoldError:
-            self._residency.left_device(digest)
-            raise
-        self._here[digest] = None
-        self.changed()
-
-    def _evict(self, digest: str) -> bool:
-        """Takes an adapter off the device; False if it is in a base that is damaged."""
-        try:
-            self.give_back(digest)
-        except BaseCorrupt:
-            return False
-        if digest in self._here:
-            self._manager.drop(digest)
-            del self._here[digest]
-        self._residency.left_device(digest)
-        if self._leaving == digest:
-            self._leaving = None
-        self.changed()
-        return True
+    # Places that are to become free.
 
     def _let_one_leave(self) -> None:
         """The one with the fewest rows takes no more of them, or popular ones would keep others out for ever."""
         if self._leaving is not None:
             return
-        kept = {self._held, *self._reserved, *self._residency.pinned}
-        leaving = [digest for digest in self._here if digest not in kept]
+        kept = {self._held, *self._reserved, *self._books.pinned}
+        leaving = [digest for digest in self._memory.on_device if digest not in kept]
         if leaving:
-            self._leaving = min(leaving, key=self._residency.uses)
-            self.changed()
+            self._leaving = min(leaving, key=self._books.uses)
+            self._memory.changed()
 
     def _leave_no_more(self) -> None:
         if self._leaving is not None:
             self._leaving = None
-            self.changed()
+            self._memory.changed()
 
     def _reserve(self, digest: str) -> None:
         self._reserved.add(digest)
-        self._residency.use(digest)
+        self._books.use(digest)
 
     def _unreserve(self, digest: str) -> None:
         if digest in self._reserved:
             self._reserved.discard(digest)
-            self._residency.unuse(digest)
+            self._books.unuse(digest)
