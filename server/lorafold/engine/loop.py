@@ -11,25 +11,23 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
-import torch
 
 from lorafold.engine.departures import Departures
 from lorafold.engine.drains import Drained, Drains, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
-from lorafold.engine.observer import Observer, mode_of, observe
+from lorafold.engine.observer import Observer
 from lorafold.engine.residents import Residents
-from lorafold.engine.rows import Part, Row
-from lorafold.engine.runner import Piece, Runner
-from lorafold.engine.sampling import Chosen, sample
+from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.stepper import Stepper
 from lorafold.engine.tracker import Tracker
 from lorafold.engine.weights import TurnFailed, WeightsControl
 from lorafold.engine.weights_state import WeightsState
-from lorafold.errors import BaseReloading, EngineStopped, StepFailed
-from lorafold.requests import Failed, Provenance, Request, Sink, Stalled
-from lorafold_adapters.errors import DeviceFull, LorafoldError
-from lorafold_adapters.policy import Group, Plan, PolicyKind, Side
+from lorafold.errors import BaseReloading, EngineStopped
+from lorafold.requests import Failed, Request, Sink, Stalled
+from lorafold_adapters.errors import LorafoldError
+from lorafold_adapters.policy import Group, Plan, PolicyKind
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -60,10 +58,10 @@ class Engine:
         self.residents = residents
         """Likewise."""
         residents.connect(changed=scheduler.refresh, give_back=weights.give_back)
-        self._runner = runner
         self._scheduler = scheduler
         self._requests = Tracker(scheduler, residents, vocabulary, self.now, overlap=overlap)
         self._answers = self._requests.answers
+        self._stepper = Stepper(runner, weights, scheduler, self._requests, observer)
         self._observer = observer
         self._on_death = on_death
         self._on_health = on_health
@@ -153,7 +151,7 @@ class Engine:
     def _main(self) -> None:
         cause: BaseException | None = None
         try:
-            self._runner.use_device()
+            self._stepper.use_device()
             while not self._stopping:
                 self._inbox.run_all(wait=self._patience())
                 self._requests.expire(self.now(), self.weights.held)
@@ -236,7 +234,7 @@ class Engine:
         planned = self._count_waits(everybody=True)
         self._scheduler.admit(plan, planned)
         if parts := self._scheduler.schedule(plan):
-            self._run(parts, plan)
+            self._stepper.run(parts, plan)
         self._idle = not parts
 
     def _count_waits(self, *, everybody: bool = False) -> float:
@@ -268,49 +266,3 @@ class Engine:
         self._scheduler.forget_cache()
         self.weights.recover()
         self._on_health(True)
-
-    def _run(self, parts: list[Part], plan: Plan) -> None:
-        start = self.now()
-        pieces = [
-            Piece(
-                tokens=part.row.tokens[part.row.cached : part.row.cached + part.tokens],
-                pages=part.row.pages,
-                past=part.row.cached,
-                adapter=part.row.request.adapter if plan.folded is None else None,
-                samples=part.samples,
-            )
-            for part in parts
-        ]
-        try:
-            logits_SV = self._runner.run(pieces)
-            self._answers.tell_rest()  # On a GPU that step still runs. Choosing tokens may wait for it.
-            sampling = [part.row for part in parts if part.samples]
-            chosen = sample(logits_SV, [row.sampling for row in sampling]) if sampling else None
-            read = [0 if part.row.ended else self._scheduler.ran(part) for part in parts]
-            self._extend(sampling, chosen, plan.folded)
-        except torch.AcceleratorError:
-            raise  # The device's context is lost, and with it every later step.
-        except Exception as error:
-            self._step_failed(parts, error)
-            return
-        observe(self._observer, self.weights.costs, parts, read, plan.folded, self.now() - start)
-
-    def _step_failed(self, parts: list[Part], error: Exception) -> None:
-        log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
-        told: LorafoldError = StepFailed(f"the model failed on this batch ({error}): send the request again")
-        if isinstance(error, torch.OutOfMemoryError):
-            told = DeviceFull("the device's memory is full: lower engine.kv_memory_gib or engine.prefill_tokens")
-        failed = {part.row for part in parts}
-        self._requests.fail_all(told, lambda row: row in failed)
-
-    def _extend(self, rows: list[Row], chosen: Chosen | None, folded: Side) -> None:
-        """Adds the chosen tokens, once they are there."""
-        if chosen is None:
-            return
-        picks = chosen.read()
-        generation = self.weights.state.generation
-        told = [Provenance(mode=mode_of(row, folded), generation=generation) for row in rows]
-        self._answers.extend(rows, picks, told, self.now())
-        for row in rows:
-            if not row.ended and row.stalled():
-                self._scheduler.pause(row)
