@@ -26,9 +26,9 @@ from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
+from lorafold.engine_parts import make_limits, make_policy
 from lorafold.metrics import Metrics
 from lorafold.model import use_our_attention
-from lorafold.parts import make_limits, make_policy
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter

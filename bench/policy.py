@@ -17,7 +17,9 @@ import random
 import statistics
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,16 @@ Rounds = dict[PolicyKind, list[list[float]]]
 """By policy: of each round, the latency per token of each request in order of arrival, in bare steps."""
 Found = dict[str, Rounds]
 """By workload."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What answers the traffic."""
+
+    driven: Driven
+    engine: Engine
+    adapters: list[BoundAdapter]
+    vocabulary: int
 
 
 def parsed() -> argparse.Namespace:
@@ -144,13 +156,11 @@ def decisions(registry: CollectorRegistry) -> dict[str, int]:
     return {sample.labels["cause"]: int(sample.value) for sample in wanted}
 
 
-def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) -> tuple[dict[str, Any], Found]:
-    """Measures."""
-    rounds = arguments.rounds or (3 if arguments.quick else 5)
-    seconds = arguments.seconds or (3.5 if arguments.quick else 20.0)
+@contextmanager
+def serving(model: LlamaForCausalLM, folder: Path, adapters: int, registry: CollectorRegistry) -> Iterator[Served]:
+    """An engine with adapters on it, as a server would have them."""
     vocabulary = model.config.vocab_size
-    registry = CollectorRegistry()
-    folders = [write_low_rank(model, folder / str(seed), seed, RANK) for seed in range(arguments.adapters)]
+    folders = [write_low_rank(model, folder / str(seed), seed, RANK) for seed in range(adapters)]
     engine, manager = engine_of(
         model,
         tokenizer_of(vocabulary),
@@ -161,22 +171,29 @@ def run(arguments: argparse.Namespace, model: LlamaForCausalLM, folder: Path) ->
         metrics=Metrics(registry),
     )
     with Driven(engine, manager) as driven:
-        adapters = [driven.manager.bind(path) for path in folders]
-        driven.put_on(adapters)
-        for bound in adapters:
-            driven.call(partial(manager.gate.check, bound))  # As a server does before an adapter is deployed.
-        digests = [bound.digest for bound in adapters]
-        rate = LOAD * capacity(driven, adapters, vocabulary)
-        print(f"{rate:.1f} requests a second, {LOAD:.0%} of what an even mix is answered at unmerged")
-        traffic = {kind: traffic_of(kind, rate, seconds, len(adapters), vocabulary) for kind in KINDS}
-        for policy in POLICIES:
-            replay(engine, traffic_of("even", rate, 4 / rate, len(adapters), vocabulary), digests, policy, seed=3)
-        found = measure(driven, engine, traffic, digests, rounds)
+        bound = [driven.manager.bind(path) for path in folders]
+        driven.put_on(bound)
+        for adapter in bound:
+            driven.call(partial(manager.gate.check, adapter))  # As a server does before an adapter is deployed.
+        yield Served(driven=driven, engine=engine, adapters=bound, vocabulary=vocabulary)
+
+
+def run(arguments: argparse.Namespace, served: Served) -> tuple[dict[str, Any], Found]:
+    """Measures."""
+    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    seconds = arguments.seconds or (3.5 if arguments.quick else 20.0)
+    count, vocabulary = len(served.adapters), served.vocabulary
+    digests = [bound.digest for bound in served.adapters]
+    rate = LOAD * capacity(served.driven, served.adapters, vocabulary)
+    print(f"{rate:.1f} requests a second, {LOAD:.0%} of what an even mix is answered at unmerged")
+    traffic = {kind: traffic_of(kind, rate, seconds, count, vocabulary) for kind in KINDS}
+    for policy in POLICIES:
+        replay(served.engine, traffic_of("even", rate, 4 / rate, count, vocabulary), digests, policy, seed=3)
+    found = measure(served.driven, served.engine, traffic, digests, rounds)
     result = {
         "auto_over_best": {kind: over_best(of, "mean") for kind, of in found.items()},
         "auto_over_best_p99": {kind: over_best(of, "p99") for kind, of in found.items()},
         "unmerged_over_merged": {kind: over_merged(of) for kind, of in found.items()},
-        "decisions": decisions(registry),
         "requests": {kind: len(of.arrivals) for kind, of in traffic.items()},
         "rounds": rounds,
         "rank": RANK,
@@ -195,9 +212,10 @@ def main() -> None:
     device = pick_device(arguments.device)
     shape = arguments.shape or ("8b" if device.type == "cuda" else "tiny" if arguments.quick else "mid")
     model = shaped(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        result, found = run(arguments, model, Path(scratch))
-    result |= {"shape": shape, **describe(device, model)}
+    registry = CollectorRegistry()
+    with tempfile.TemporaryDirectory() as name, serving(model, Path(name), arguments.adapters, registry) as served:
+        result, found = run(arguments, served)
+    result |= {"decisions": decisions(registry), "shape": shape, **describe(device, model)}
     for kind, value in result["auto_over_best"].items():
         if value > TARGET or (kind == "shifting" and value >= 1):
             print(f"below target: auto over the better fixed policy is {value} on '{kind}'")

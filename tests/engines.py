@@ -21,8 +21,8 @@ from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.weights import WeightsControl
 from lorafold.engine.weights_state import Change
+from lorafold.engine_parts import make_limits
 from lorafold.model import use_our_attention
-from lorafold.parts import make_limits
 from lorafold.requests import Delta, Event, Failed, Finished, Request
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.costs import Costs

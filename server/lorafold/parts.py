@@ -7,29 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from lorafold.config import (
-    Config,
-    EngineConfig,
-    FoldConfig,
-    PolicyConfig,
-    ResidencyConfig,
-    fingerprint_folder,
-    local_model_path,
-)
+from lorafold.config import Config, EngineConfig, FoldConfig, ResidencyConfig, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
-from lorafold.engine.budget import PAGE_TOKENS, Wishes, pages_for, step_bytes
-from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
-from lorafold.engine.pages import PagePool
-from lorafold.engine.residents import Residents
-from lorafold.engine.runner import Runner
-from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.weights import WeightsControl
+from lorafold.engine_parts import Cache, make_cache, make_engine
 from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase, load_base, load_model, load_weights
@@ -39,17 +24,13 @@ from lorafold.staging import Staging
 from lorafold.stamps import StampCheck
 from lorafold.state_file import StateFile
 from lorafold_adapters import AdapterManager
-from lorafold_adapters.costs import Costs
 from lorafold_adapters.errors import BaseMismatch
 from lorafold_adapters.fingerprint_cache import CacheEntry, cache_entry, model_files
 from lorafold_adapters.identity import fingerprint, quantised_from
-from lorafold_adapters.residency import UNLIMITED, Limits
 from lorafold_adapters.stand_ins import FoldOptions
-from lorafold_adapters.turns import MeasuredTurns
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 SERVICES = (
     "lorafold.v1.GenerationService",
     "lorafold.v1.DeploymentService",
@@ -75,6 +56,40 @@ class Parts:
 async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
     """Everything but the network and what `file` remembers. Raises ModelUnsupported."""
     path = local_model_path(config)
+    base, manager, entry = await load_manager(config, path, say)
+    pool, runner = await load_cache(config.engine, base, manager, say)
+    base = replace(base, context=min(base.context, pool.tokens))
+    metrics = Metrics(CollectorRegistry())
+    loop = asyncio.get_running_loop()
+    died: asyncio.Future[BaseException | None] = loop.create_future()
+    health_servicer = health.aio.HealthServicer()
+    engine = make_engine(
+        config,
+        pool=pool,
+        runner=runner,
+        manager=manager,
+        vocabulary=base.vocabulary(),
+        metrics=metrics,
+        load_base=lambda: load_model(config.base, path),
+        on_death=lambda why: loop.call_soon_threadsafe(died.set_result, why),
+        on_health=lambda whole: asyncio.run_coroutine_threadsafe(set_health(health_servicer, whole), loop),
+    )
+    stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
+    reader = Reader(manager, engine, stamps, config.folder)
+    return Parts(
+        config=config,
+        base=base,
+        manager=manager,
+        engine=engine,
+        deployments=Deployments(Staging(manager, engine, reader, metrics), file),
+        metrics=metrics,
+        health=health_servicer,
+        died=died,
+    )
+
+
+async def load_manager(config: Config, path: str, say: Say) -> tuple[LoadedBase, AdapterManager, CacheEntry]:
+    """The base, what folds adapters into it, and where its fingerprint is remembered."""
     before = await in_own_thread(model_files, path)
     base = await timed(say, "loaded the base", lambda: load_base(config.base, path))
     model = base.model
@@ -83,93 +98,21 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
     folder = Path(before[0][0]).parent if before else None
     manager = await timed(say, "read its fingerprint", lambda: attach(model, entry, config, path, folder))
     say(f"  base {manager.base.digest[:12]}")
-    metrics = Metrics(CollectorRegistry())
-    loop = asyncio.get_running_loop()
-    died: asyncio.Future[BaseException | None] = loop.create_future()
-    limits = config.engine
-    pool, runner = await timed(say, "made the cache", lambda: make_cache(config.engine, base, manager))
+    return base, manager, entry
+
+
+async def load_cache(limits: EngineConfig, base: LoadedBase, manager: AdapterManager, say: Say) -> Cache:
+    """The cache and what runs steps on it, ready to run. Raises DeviceFull."""
+    pool, runner = await timed(say, "made the cache", lambda: make_cache(limits, base, manager))
     if limits.compile:
         await timed(say, "ran torch.compile", runner.compile)
-    if model.device.type == "cuda":
+    if base.model.device.type == "cuda":
         context = min(limits.max_context, base.context)
         await timed(say, "recorded decode steps", lambda: runner.record(limits.max_batch, context))
     say(f"  {pool.tokens:,} tokens, up to {pool.tokens * base.cache_bytes_per_token / 1e6:,.1f} MB")
     if pool.tokens < base.context:
         say(f"  contexts are cut to {pool.tokens:,} of {base.context:,} tokens: engine.kv_memory_gib gives no more")
-    base = replace(base, context=min(base.context, pool.tokens))
-    residents = Residents(manager, make_limits(config.residency))
-    health_servicer, costs = health.aio.HealthServicer(), Costs()
-    engine = Engine(
-        runner=runner,
-        weights=WeightsControl(
-            manager, make_policy(config.policy, costs), costs, metrics, lambda: load_model(config.base, path)
-        ),
-        residents=residents,
-        scheduler=Scheduler(
-            pool=pool,
-            adapters=residents,
-            max_batch=limits.max_batch,
-            max_waiting=limits.max_queue,
-            prefill_tokens=prefill_tokens(limits, model.device),
-        ),
-        vocabulary=base.vocabulary(),
-        observer=metrics,
-        on_death=lambda why: loop.call_soon_threadsafe(died.set_result, why),
-        on_health=lambda whole: asyncio.run_coroutine_threadsafe(set_health(health_servicer, whole), loop),
-        overlap=model.device.type == "cuda",
-    )
-    stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
-    reader = Reader(manager, engine, stamps, config.folder)
-    deployments = Deployments(Staging(manager, engine, reader, metrics), file)
-    return Parts(
-        config=config,
-        base=base,
-        manager=manager,
-        engine=engine,
-        deployments=deployments,
-        metrics=metrics,
-        health=health_servicer,
-        died=died,
-    )
-
-
-def make_limits(declared: ResidencyConfig) -> Limits:
-    """What adapters may take, as declared."""
-    device = declared.device_memory_gib
-    return Limits(
-        device_slots=declared.device_slots,
-        device_bytes=UNLIMITED if device is None else int(device * 2**30),
-        host_bytes=int(declared.host_memory_gib * 2**30),
-    )
-
-
-def make_policy(declared: PolicyConfig, costs: Costs) -> MeasuredTurns:
-    """Who is folded when, as declared."""
-    return MeasuredTurns(costs, swap_share=declared.swap_share, max_wait=declared.max_wait_seconds)
-
-
-def prefill_tokens(limits: EngineConfig, device: torch.device) -> int:
-    """Tokens of one step at most, as declared or as suits the device."""
-    return limits.prefill_tokens or PREFILL_TOKENS[device.type]
-
-
-def make_cache(limits: EngineConfig, base: LoadedBase, manager: AdapterManager) -> tuple[PagePool, Runner]:
-    """Cache and runner, with the memory that they need. Raises DeviceFull."""
-    pool = make_pool(limits, base)
-    runner = Runner(base.model, manager, PagedCache(pages=pool.pages, size=pool.size))
-    runner.warm_up()
     return pool, runner
-
-
-def make_pool(limits: EngineConfig, base: LoadedBase) -> PagePool:
-    """The pages of the cache, within the memory that is declared or there."""
-    device = base.model.device
-    wishes = Wishes(
-        declared_gib=limits.kv_memory_gib, max_batch=limits.max_batch, context=min(limits.max_context, base.context)
-    )
-    step = step_bytes(base.model, min(prefill_tokens(limits, device), wishes.context))
-    pages = pages_for(wishes, base.cache_bytes_per_token, device, step)
-    return PagePool(pages=pages, size=PAGE_TOKENS, neighbours=device.type == "cpu")
 
 
 def attach(
