@@ -100,6 +100,14 @@ def seconds_a_token(server: Server, traffic: list[Arrival]) -> float:
     return fmean(took)
 
 
+def tokens_a_second(server: Server, answers: list[Answer]) -> float:
+    """Of answers that do not end, in a minute."""
+    before = sum(answer.left for answer in answers)
+    while server.now < 60:
+        server.step(answers)
+    return (before - sum(answer.left for answer in answers)) / server.now
+
+
 def usual(machine: Machine, kind: str, load: float, policy: PolicyKind, make: Make) -> float:
     """Seconds a token at this share of what the machine can do with everybody beside the weights."""
     rate = load * PLACES / ANSWER / machine.two_path(PLACES, PLACES)

@@ -8,7 +8,7 @@ from bench.arrivals import KINDS
 from lorafold_adapters.costs import Costs
 from lorafold_adapters.policy import Cause, Plan, PolicyKind, QueueView
 from lorafold_adapters.turns import MeasuredTurns
-from tests.simulated import Machine, usual
+from tests.simulated import Answer, Machine, Server, tokens_a_second, usual
 
 MERGED, UNMERGED, AUTO = PolicyKind.MERGED, PolicyKind.UNMERGED, PolicyKind.AUTO
 MACHINES = {
@@ -59,3 +59,15 @@ def test_auto_leaves_everybody_unmerged_where_that_costs_nothing() -> None:
     machine = replace(MACHINES["gpu"], beside=1.0, adapter=0.0)
     unmerged = usual(machine, "dominant", 0.3, UNMERGED, turns)
     assert usual(machine, "dominant", 0.3, AUTO, turns) == pytest.approx(unmerged, rel=0.005)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 15])
+def test_auto_serves_a_crowd_and_one_other_faster_than_unmerged_or_as_fast(name: str, rows: int) -> None:
+    """They never end: nobody is ever alone."""
+    machine = MACHINES[name]
+    answers = [Answer(due=0, adapter="a", left=10**9) for _ in range(rows)] + [Answer(due=0, adapter="b", left=10**9)]
+    tokens = {kind: tokens_a_second(Server(machine, kind, turns), answers) for kind in (UNMERGED, AUTO)}
+    assert tokens[AUTO] >= 0.995 * tokens[UNMERGED]
+    if rows == 15 and name != "gpu":
+        assert tokens[AUTO] > 1.05 * tokens[UNMERGED]

@@ -10,7 +10,7 @@ from statistics import median, median_low
 
 REMEMBERED = 31
 """Samples of a median: what a machine does now counts, not what it did an hour ago."""
-ASSUMED_OVERHEAD = 1.1
+ASSUMED_OVERHEAD = 2.0
 """Two-path over plain until both were measured; only says that it is worth finding out."""
 
 
