@@ -241,6 +241,17 @@ def test_what_is_expected_of_an_adapter_alone_cannot_be_abused() -> None:
     assert 10 < folds(folded) <= 2 * gained / 0.03
 
 
+def test_turns_beside_a_fold_cannot_be_abused() -> None:
+    """After a debt is paid 9 rows beside which one stands are folded at once; three cycles later they would not be."""
+    turns, folded = policy(costs(overhead=1.4)), list[Side]()
+    crowd: dict[Group, int] = {("a", AUTO): 9, ("b", AUTO): 1}
+    for step in range(3000):
+        rows = crowd if not folded or folded[-1] is SHARED or step < 300 else {**crowd, ("c", AUTO): 9}
+        folded.append(turns.plan(view(rows), step * STEP).folded)
+    assert folds(folded[:300]) > 2
+    assert folds(folded[300:]) <= 27 * (1 - 10 / 14 / 0.9) / 0.06 + 1
+
+
 def test_auto_folds_an_adapter_at_once_that_usually_stays_alone() -> None:
     """A second alone, then half a second with others, who do not pay for a fold."""
     turns, waits = policy(), []

@@ -66,8 +66,9 @@ class AutoChoice:
             self._choose(SHARED, Cause.SHARE_PAYS, f"no rows left for {short(self._choice.folded)}")
         waited = self._waited(view, now)
         if waited and waited >= self._turn_seconds(options, self._choice.folded):
-            self._owed = now + waited * (1 / self._share(options, self._choice.folded) - 1)
+            owed = waited * (1 / self._share(options, self._choice.folded) - 1)
             self._choose(SHARED, Cause.WAITED, f"others waited {waited:.2g} s beside {short(self._choice.folded)}")
+            self._owed = now + owed
         else:
             self._compare(options, seconds, now)
         return self._choice
@@ -112,9 +113,8 @@ class AutoChoice:
         }
         better = max(self._lost, key=self._lost.__getitem__, default=folded)
         if rates[better] > present > 0 and now >= self._owed and (paid := self._paid(options, better)):
-            self._choose(
-                better, Cause.FOLD_PAYS, f"{instead(rates[better], f'{short(better)} alone', present)}; {paid}"
-            )
+            gain = instead(rates[better], f"{short(better)} alone", present)
+            self._choose(better, Cause.FOLD_PAYS, f"{gain}; {paid}")
 
     def _paid(self, options: Options, side: Side) -> str:
         """Why swapping there and back is worth it, for people; empty if it is not."""
@@ -133,6 +133,7 @@ class AutoChoice:
         self._choice = Choice(folded=side, cause=cause, reason=reason)
         self._lost = {}
         self._beside_since = None
+        self._owed = float("-inf")
 
 
 def instead(rate: float, how: str, present: float) -> str:
