@@ -35,7 +35,7 @@ from bench.environment import describe
 from bench.low_rank import write_low_rank
 from bench.models import SHAPES, shaped
 from bench.replay import Traffic, replay, summary
-from bench.rounds import record
+from bench.rounds import ratio, record
 from bench.serving import tokenizer_of
 from bench.work import drawn
 from lorafold.config import LogConfig
@@ -144,6 +144,13 @@ def over_best(rounds: Rounds, key: str) -> float:
     return round(values[PolicyKind.AUTO] / min(values[PolicyKind.MERGED], values[PolicyKind.UNMERGED]), 3)
 
 
+def spread(rounds: Rounds) -> dict[str, float]:
+    """Median and quartiles, over the rounds, of the mean of `auto` over that of the better fixed policy."""
+    means = {policy: [statistics.fmean(each) for each in of] for policy, of in rounds.items()}
+    best = min((PolicyKind.MERGED, PolicyKind.UNMERGED), key=lambda policy: usual(rounds[policy])["mean"])
+    return ratio(means[PolicyKind.AUTO], means[best])
+
+
 def over_merged(rounds: Rounds) -> float:
     """Always unmerged over always merged."""
     return round(usual(rounds[PolicyKind.UNMERGED])["mean"] / usual(rounds[PolicyKind.MERGED])["mean"], 3)
@@ -193,6 +200,7 @@ def run(arguments: argparse.Namespace, served: Served) -> tuple[dict[str, Any], 
     result = {
         "auto_over_best": {kind: over_best(of, "mean") for kind, of in found.items()},
         "auto_over_best_p99": {kind: over_best(of, "p99") for kind, of in found.items()},
+        "auto_over_best_rounds": {kind: spread(of) for kind, of in found.items()},
         "unmerged_over_merged": {kind: over_merged(of) for kind, of in found.items()},
         "requests": {kind: len(of.arrivals) for kind, of in traffic.items()},
         "rounds": rounds,

@@ -47,10 +47,9 @@ def settle(device: torch.device) -> None:
 
 
 def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Median and quartiles of the per-round ratios."""
-    low, middle, high = statistics.quantiles(
-        [one / other for one, other in zip(over, under, strict=True)], n=4, method="inclusive"
-    )
+    """Median and quartiles of the per-round ratios; of one round, that thrice."""
+    ratios = [one / other for one, other in zip(over, under, strict=True)]
+    low, middle, high = statistics.quantiles(ratios if len(ratios) > 1 else ratios * 2, n=4, method="inclusive")
     return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from bench.arrivals import DOMINANCE, KINDS, arrivals
-from bench.policy import hopeless, over_best
+from bench.policy import hopeless, over_best, spread
 from bench.replay import percentile, summary
 from lorafold_adapters.policy import PolicyKind
 
@@ -51,6 +51,16 @@ def test_auto_is_compared_with_the_better_fixed_policy_by_the_median_of_each_req
     }
     assert over_best(of, "mean") == 0.8
     assert over_best({**of, PolicyKind.MERGED: [[2.0, 2.0]]}, "mean") == 2.0
+
+
+def test_how_far_rounds_lie_apart_is_told() -> None:
+    of = {
+        PolicyKind.MERGED: [[9.0, 9.0]],
+        PolicyKind.UNMERGED: [[4.0, 6.0], [5.0, 5.0], [2.0, 2.0]],
+        PolicyKind.AUTO: [[4.0, 4.0], [5.0, 5.0], [4.0, 4.0]],
+    }
+    assert spread(of) == {"median": 1.0, "quartile_1": 0.9, "quartile_3": 1.5}
+    assert spread({policy: rounds[:1] for policy, rounds in of.items()})["quartile_1"] == 0.8
 
 
 def test_a_policy_far_behind_another_one_is_hopeless() -> None:
