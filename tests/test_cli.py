@@ -185,7 +185,7 @@ def test_a_taken_port_is_one_sentence(serve: Serve, tmp_path: Path) -> None:
     done = lorafold("serve", str(config_file(tmp_path)), "--address", serve.address)
     assert done.returncode == 1
     assert f"cannot listen on {serve.address} (server.address)" in done.stderr
-    assert "loaded" not in done.stdout
+    assert "loaded the base" not in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -227,3 +227,16 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             pass
         running.process.send_signal(signal.SIGTERM)
         assert running.wait()[0] == 0
+
+
+@pytest.mark.parametrize("command", ["update", "rollback", "delete"])
+def test_an_empty_etag_is_not_taken_for_none(command: str) -> None:
+    done = lorafold("deployments", command, "it", "--etag", "")
+    assert done.returncode == 2
+    assert "is empty: leave the option out, or give it a value" in done.stderr
+
+
+def test_an_empty_adapter_is_no_folder() -> None:
+    done = lorafold("deployments", "create", "it", "--adapter", "")
+    assert done.returncode == 2
+    assert "--adapter is empty: name a PEFT folder" in done.stderr

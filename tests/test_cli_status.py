@@ -5,6 +5,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from lorafold.cli import cli
+from lorafold.cli.status import lines
+from lorafold.v1.weights_pb2 import GetFoldStateResponse
 from tests.conftest import DEMO, metric, serving
 from tests.deployments import entry, server_of
 
@@ -27,7 +29,7 @@ def test_status_calls_adapters_by_their_names_and_says_where_they_are(tmp_path: 
     with serving(config) as server:
         before = status(server.app.address)
         assert before["weights"] == "base"
-        assert before["adapters"].startswith("2 of 3 on the device (2 slots, ")
+        assert before["adapters"].startswith("2 of 3 on the device (slots: 2, ")
         assert before["adapters"].endswith("brought for requests 0 times")
         for name in NAMES:
             server.client.generate("abc", deployment=name)
@@ -43,6 +45,18 @@ def test_status_calls_adapters_by_their_names_and_says_where_they_are(tmp_path: 
             metric(server, f'lorafold_adapter_fetch_seconds_count{{source="{of}"}}') for of in ("host", "disk")
         )
         assert counted == fetches > 0
+
+
+def test_status_says_what_is_waited_for() -> None:
+    found = GetFoldStateResponse(
+        under_way="adapter 0123456789ab is to be folded by hand, and waits for 1 completion to end"
+    )
+    found.queued.add(adapter_digest="0123456789abcdef", policy="merged", waiting=1)
+    found.queued.add(policy="unmerged", running=2, on_device=True)
+    said = lines(found, {"0123456789abcdef": "sql", "": "base"})
+    assert "ordered     sql is to be folded by hand, and waits for 1 completion to end" in said
+    assert "queue       sql (merged): 0 running, 1 waiting, for a place on the device" in said
+    assert "queue       base (unmerged): 2 running, 0 waiting" in said
 
 
 def test_a_server_that_is_not_there_is_one_sentence() -> None:

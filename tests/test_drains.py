@@ -110,11 +110,22 @@ def test_an_order_whose_time_is_over_has_changed_nothing(two: Two) -> None:
     held = two.bench.merge(two.second).result(30).change.state
     own = two.started(two.second, PolicyKind.MERGED)
     late = two.bench.merge(two.first, DrainMode.WAIT, until=two.bench.engine.now())
-    with pytest.raises(DeadlineExceeded, match="1 completions were still running, nothing was changed"):
+    with pytest.raises(DeadlineExceeded, match="1 completion had not ended, nothing was changed"):
         late.result(30)
     state = two.bench.engine.call(lambda: two.bench.engine.weights.state).result(30)
     assert (state.folded, state.pinned, state.generation) == (two.second, True, held.generation)
     two.right(own, two.second)
+
+
+def test_an_order_says_what_it_waits_for(two: Two) -> None:
+    two.bench.merge(two.second).result(30)
+    own = two.started(two.second, PolicyKind.MERGED)
+    late = two.bench.merge(two.first, DrainMode.WAIT)
+    told = two.bench.engine.call(lambda: two.bench.engine.under_way).result(30)
+    assert told == f"adapter {two.first[:12]} is to be folded by hand, and waits for 1 completion to end"
+    two.right(own, two.second)
+    late.result(30)
+    assert not two.bench.engine.call(lambda: two.bench.engine.under_way).result(30)
 
 
 def test_an_order_that_is_given_up_puts_those_it_moved_back(two: Two) -> None:

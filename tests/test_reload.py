@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -157,3 +160,24 @@ def test_calls_that_change_what_it_changes_are_refused_and_others_are_not(server
         other.result(30)
     running.result(60)
     assert {name: item.adapter_path for name, item in listed(client).items()} == {"it": str(SHIFT)}
+
+
+def test_a_hang_up_before_the_server_serves_is_followed_once_it_does(tmp_path: Path) -> None:
+    """The file is a pipe: the server reads it for as long as nobody has written, and then again."""
+    pipe = tmp_path / "pipe.toml"
+    os.mkfifo(pipe)
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorafold", "serve", str(pipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as serve:
+        with pipe.open("w") as writer:  # Opens once the server does.
+            serve.send_signal(signal.SIGHUP)
+            writer.write(text_of(("it", ROT13)))
+        with pipe.open("w") as writer:
+            writer.write(text_of(("it", SHIFT)))
+        assert serve.stderr is not None
+        assert "taken over" in next(line for line in serve.stderr if "configuration " in line)
+        serve.send_signal(signal.SIGTERM)
+        assert serve.wait(60) == 0

@@ -60,6 +60,8 @@ class App:
         self._server = server
         self._health = parts.health
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._told: float | None = None
+        """When it was first told to stop."""
         self._watch = asyncio.create_task(self._watch_engine())
 
     async def listen(self) -> None:
@@ -83,14 +85,16 @@ class App:
         May be called again, with less grace, while it runs.
         """
         grace = self.parts.config.server.grace_seconds if grace is None else grace
+        self._told = time.monotonic() if self._told is None else self._told
         until = time.monotonic() + grace
         self._in_flight.close()
         await self._health.enter_graceful_shutdown()
         self.parts.engine.wind_down()
         if not await self._in_flight.emptied(grace):
-            log.warning("requests are cut off", requests=len(self._in_flight), after_seconds=grace)
+            after = round(time.monotonic() - self._told, 2)
+            log.warning("requests are cut off", requests=len(self._in_flight), after_seconds=after)
             self.parts.engine.fail_all(
-                f"the server stopped before the answer was complete, {grace:g} s after it was told"
+                f"the server stopped before the answer was complete, {after:g} s after it was told"
             )
         await self._server.stop(max(until - time.monotonic(), LAST_WORDS))
         await in_own_thread(self.parts.engine.stop)
@@ -124,8 +128,9 @@ async def start_from(file: StateFile, config: Config, say: Say) -> App:
     parts.engine.start()
     app: App | None = None
     try:
+        start = time.perf_counter()
         await bring_up(parts.deployments, state, config.deployments)
-        say_deployed(parts, say)
+        say_deployed(parts, say, time.perf_counter() - start)
         in_flight = InFlight()
         app = App(parts, make_server(parts, in_flight), in_flight)
         await set_health(parts.health, True)
@@ -153,9 +158,12 @@ def refuse_cheap_mistakes(config: Config, state: State) -> None:
             raise ConfigError(f"deployment '{wanted.name}': {error}") from error
 
 
-def say_deployed(parts: Parts, say: Say) -> None:
-    """Tells people what is served."""
-    for made in parts.deployments.all():
+def say_deployed(parts: Parts, say: Say, seconds: float) -> None:
+    """Tells people what is served, and how long it took to get it ready."""
+    found = parts.deployments.all()
+    if found:
+        say(f"read and measured the adapters of {len(found)} deployments in {seconds:.1f} s")
+    for made in found:
         if made.staged is None:
             say(f"kept {made.name}, but it is not served: {made.refusal}")
             continue

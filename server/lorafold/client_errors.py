@@ -54,7 +54,7 @@ def server_error(error: Any) -> ServerError:
     message = error.details() or error.code().name
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not reason:
         message = "the timeout passed before the answer was complete: allow more time or fewer max_tokens; "
-        message += "'lorafold weights state' says if a held adapter keeps others waiting"
+        message += "'lorafold status' says who waits, and what for"
     return ServerError(error.code().name, message, reason, field_name, retry_after)
 
 

@@ -102,6 +102,8 @@ def say_what_changed(plan: Plan, found: Mapping[str, Deployment | None]) -> None
     """Logs what the file has made of deployments that were there before."""
     for record in plan.removed:
         log.info("deployment deleted, as the file has it no more", name=record.name, adapter=record.current.digest)
+    for entry in plan.deleted:
+        log.warning("deployment stays deleted, as a client wanted: create it, or change its entry", name=entry.name)
     for entry, before in plan.followed:
         now = found.get(entry.name)
         if before is None or now is None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd")
 OPTIONS = (
-    click.option("--adapter", help="The PEFT folder."),
+    click.option("--adapter", help="The PEFT folder: one that is here, or else a path where the server runs."),
     click.option("--compose", type=click.Choice(METHODS), help="Several adapters as one, instead of --adapter."),
     click.option("--part", "parts", multiple=True, metavar="DIR[:WEIGHT]", help="One of them; may be repeated."),
     click.option("--density", type=float, help="Share of each part that is kept; TIES, DARE and pruning need it."),
@@ -39,7 +39,9 @@ def set_source(wanted: "Deployment", given: Mapping[str, Any]) -> bool:
 
 
 def check_source(given: Mapping[str, Any]) -> None:
-    """Raises UsageError for options that contradict each other."""
+    """Raises UsageError for options that contradict each other, or say nothing."""
+    if given["adapter"] == "":
+        raise click.UsageError("--adapter is empty: name a PEFT folder")
     adapter, method, parts = given["adapter"], given["compose"], given["parts"]
     surplus = [key for key in ("density", "seed", "rank") if given[key] is not None] + (["part"] if parts else [])
     if method is None and surplus:

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from lorafold.v1.deployment_pb2 import Deployment
 
 POLICIES = click.Choice(["merged", "unmerged", "auto"])
-etag_option = click.option("--etag", default="", help="Only if the deployment still has this etag.")
+
+
+def given(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Refuses "", which a script's empty variable would give, and which would ask for nothing."""
+    if value == "":
+        raise click.BadParameter("is empty: leave the option out, or give it a value", param=option)
+    return value
+
+
+etag_option = click.option("--etag", callback=given, help="Only if the deployment still has this etag.")
 
 
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -115,7 +124,7 @@ def update(
     priority: int | None,
     max_concurrency: int | None,
     pinned: bool | None,
-    etag: str,
+    etag: str | None,
     wait: bool,
     as_json: bool,
     address: str,
@@ -125,7 +134,9 @@ def update(
     from lorafold.cli.updates import followed
     from lorafold.v1 import deployment_pb2 as pb
 
-    wanted = pb.Deployment(name=name, etag=etag, priority=priority, max_concurrency=max_concurrency, pinned=pinned)
+    wanted = pb.Deployment(
+        name=name, etag=etag or "", priority=priority, max_concurrency=max_concurrency, pinned=pinned
+    )
     settings = (policy, priority, max_concurrency, pinned)
     if not set_source(wanted, source) and all(setting is None for setting in settings):
         raise click.UsageError(
@@ -146,12 +157,12 @@ def update(
 @etag_option
 @json_option
 @address_option
-def rollback(name: str, etag: str, as_json: bool, address: str) -> None:
-    """Give NAME back the adapter and the policy that it had before its last update."""
+def rollback(name: str, etag: str | None, as_json: bool, address: str) -> None:
+    """Give NAME back the adapter and all settings that it had before its last update, also one of settings only."""
     from lorafold.v1 import deployment_pb2 as pb
 
     with connected(address) as client:
-        request = pb.RollbackDeploymentRequest(name=name, etag=etag)
+        request = pb.RollbackDeploymentRequest(name=name, etag=etag or "")
         show(client.stubs.deployments.RollbackDeployment(request).deployment, as_json)
 
 
@@ -159,12 +170,12 @@ def rollback(name: str, etag: str, as_json: bool, address: str) -> None:
 @click.argument("name")
 @etag_option
 @address_option
-def delete(name: str, etag: str, address: str) -> None:
+def delete(name: str, etag: str | None, address: str) -> None:
     """Remove NAME; requests in flight finish first."""
     from lorafold.v1 import deployment_pb2 as pb
 
     with connected(address) as client:
-        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name, etag=etag))
+        client.stubs.deployments.DeleteDeployment(pb.DeleteDeploymentRequest(name=name, etag=etag or ""))
     click.echo(f"deleted {name}")
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,9 @@ def serve(
     Ctrl-C or SIGTERM: requests in flight finish first; a second one ends at once.
     SIGHUP: FILE is read again, and changed deployments and [log] level are put in force.
     """
+    start = time.perf_counter()
+    early: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: early.append(number))  # Else it would end a server that starts.
     from lorafold.config import load_config
     from lorafold.logs import set_up_logging
     from lorafold_adapters.errors import LorafoldError
@@ -51,7 +54,7 @@ def serve(
     try:
         config = read()
         set_up_logging(config.log)
-        failure = run(config, read)
+        failure = run(config, read, start, early)
     except LorafoldError as error:
         raise click.ClickException(str(error)) from error
     if failure is not None:
@@ -77,32 +80,34 @@ def with_overrides(
     return changed.model_copy(update={"stem": config.stem})
 
 
-def run(config: "Config", read: "Callable[[], Config]") -> BaseException | None:
+def run(config: "Config", read: "Callable[[], Config]", start: float, early: Sequence[int]) -> BaseException | None:
     """Serves until a signal or the engine's death; returns what killed the engine, if something did.
 
-    `read` reads the configuration again. Raises LorafoldError.
+    `read` reads the configuration again; `start`: since when people wait; `early`: each SIGHUP that came before there
+    is an event loop. Raises LorafoldError.
     """
     import uvloop
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve_until_told(config, read))
+        return runner.run(serve_until_told(config, read, start, early))
 
 
-async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> BaseException | None:
+async def serve_until_told(
+    config: "Config", read: "Callable[[], Config]", start: float, early: Sequence[int]
+) -> BaseException | None:
     """The life of a server."""
     from lorafold.app import start_app
     from lorafold.reloading import Reloader
 
-    start = time.perf_counter()
-    loop = asyncio.get_running_loop()
-    hung_up = asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, hung_up.set)  # Now, as it would end a server that is still loading.
+    hung_up, told = asyncio.Event(), asyncio.Event()
+    tell(hung_up, signal.SIGHUP)
+    if early:
+        hung_up.set()
+    say(f"loaded the libraries in {time.perf_counter() - start:.1f} s")
     app = await start_app(config, say)
-    told = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told.set)
+    tell(told, signal.SIGINT, signal.SIGTERM)
     say(f"serving on {app.address} after {time.perf_counter() - start:.1f} s")
     say(f"metrics at http://{app.metrics_address}/metrics")
     reloading = asyncio.create_task(Reloader(app.parts.deployments, config, read).run(hung_up))
@@ -118,6 +123,12 @@ async def serve_until_told(config: "Config", read: "Callable[[], Config]") -> Ba
     reloading.cancel()
     say("stopped")
     return None
+
+
+def tell(event: asyncio.Event, *numbers: int) -> None:
+    """Has an event set by signals."""
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, event.set)
 
 
 async def stop(app: "App", told: asyncio.Event) -> None:

@@ -40,12 +40,15 @@ def lines(found: "GetFoldStateResponse", names: dict[str, str]) -> list[str]:
         f"generation  {state.generation}",
         f"because     {named(state.reason, names)}",
     ]
+    if found.under_way:
+        said.append(f"ordered     {named(found.under_way, names)}")
     if found.HasField("decision"):
         wants = name_of(found.decision.adapter_digest, names)
         said.append(f"policy      {found.decision.cause}: {wants}; {named(found.decision.reason, names)}")
     for rows in found.queued:
         who = f"{name_of(rows.adapter_digest, names)} ({rows.policy})"
-        said.append(f"queue       {who}: {rows.running} running, {rows.waiting} waiting")
+        place = "" if rows.on_device else ", for a place on the device"
+        said.append(f"queue       {who}: {rows.running} running, {rows.waiting} waiting{place}")
     costs = found.costs
     if costs.fold.ToMicroseconds():
         said.append(f"fold        {ms(costs.fold)}, restore {ms(costs.restore)}, swap {ms(costs.swap)}")
@@ -68,7 +71,7 @@ def name_of(digest: str, names: dict[str, str]) -> str:
 
 def where(residency: "Residency") -> str:
     """Which memories adapters are in."""
-    device = f"{residency.on_device} of {residency.known} on the device ({residency.device_slots} slots, "
+    device = f"{residency.on_device} of {residency.known} on the device (slots: {residency.device_slots}, "
     device += f"{megabytes(residency.device_bytes, residency.device_budget_bytes)})"
     host = f"{residency.on_host} in memory ({megabytes(residency.host_bytes, residency.host_budget_bytes)})"
     return f"{device}; {host}; brought for requests {residency.fetches} times"

@@ -15,7 +15,7 @@ from lorafold.engine.weights import WeightsControl
 from lorafold.engine.weights_state import Change
 from lorafold.errors import DeadlineExceeded, EngineStopped, FoldInProgress
 from lorafold_adapters.errors import LorafoldError
-from lorafold_adapters.policy import Cause, Plan, PolicyKind, Side
+from lorafold_adapters.policy import Cause, Plan, PolicyKind, Side, short
 
 
 class DrainMode(Enum):
@@ -95,6 +95,20 @@ class Drains:
         """When the present order is given up."""
         return None if self._order is None else self._order.until
 
+    @property
+    def told(self) -> str:
+        """What the present order waits for, for people; empty if there is none."""
+        if self._order is None:
+            return ""
+        wanted = (
+            "the base is to be given back"
+            if self._order.folded is None
+            else f"{short(self._order.folded)} is to be folded"
+        )
+        rows = [row for row in self._rows if not row.ended]
+        waits = f"{completions(len(rows))} to end" if rows else "a place for it on the device"
+        return f"{wanted} by hand, and waits for {waits}"
+
     def begin(self, order: Order, done: "Future[Drained]") -> None:
         """Starts on an order; `done` then has what was done, or the error.
 
@@ -128,10 +142,11 @@ class Drains:
         elif order.until is not None and self._now() > order.until:
             self.give_up(
                 DeadlineExceeded(
-                    f"{len(self._rows)} completions were still running, nothing was changed: allow more time, or "
+                    f"{completions(len(self._rows))} had not ended, nothing was changed: allow more time, or "
                     "park them (drain mode 'park')"
                     if self._rows
-                    else "the adapter found no place on the device in time, nothing was changed: allow more time"
+                    else "all places on the device are taken by adapters with requests in flight, nothing was changed: "
+                    "allow more time, or raise residency.device_slots"
                 )
             )
 
@@ -175,3 +190,8 @@ class Drains:
         self._order, self._rows, self._moved = None, {}, {}
         self._scheduler.only(None)
         return self._done
+
+
+def completions(count: int) -> str:
+    """For people."""
+    return f"{count} completion{'' if count == 1 else 's'}"

@@ -133,6 +133,11 @@ class Engine:
         self.call(lambda: self._drains.give_up(EngineStopped("the server is stopping, nothing was changed")))
         return self.let_go()
 
+    @property
+    def under_way(self) -> str:
+        """What an order waits for, for people; only for functions handed to `call`."""
+        return self._drains.told
+
     def queued(self) -> "Future[dict[Group, tuple[int, int]]]":
         """Running and waiting rows, by adapter and policy."""
         return self.call(self._scheduler.queued)

@@ -159,6 +159,7 @@ class WeightsControl:
         """Hands the weights to the policy, as they are."""
         if self._hold is not None:
             self._hold = None
+            self._reason = f"{self._reason}, then released"
             log.info("weights handed to the policy")
         return self.state
 
@@ -178,11 +179,13 @@ class WeightsControl:
         """Makes sure that an adapter is not in the weights, as it is to leave the device. Raises BaseCorrupt."""
         if self.damaged:
             raise BaseCorrupt(self._reason)
+        why = "the folded adapter leaves the device"
         if self._hold == Hold(adapter):
             self._hold = None
+            why = "the hold ended: no deployment has its adapter any more"
             log.info("hold released: the held adapter is dropped", adapter=adapter)
         if self._manager.fold_state.folded == adapter:
-            self._change(None, "the folded adapter leaves the device")
+            self._change(None, why)
         self._unfoldable.discard(adapter)
 
     def _change(self, adapter: str | None, reason: str, *, loud: bool = True) -> Change:

@@ -1,17 +1,17 @@
 """The messages of `WeightsService` about what is folded, why, and what became of requests in flight."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorafold.engine.drains import Drained, DrainMode
 from lorafold.engine.residents import Places
-from lorafold.engine.weights_state import Transition
+from lorafold.engine.weights_state import Transition, WeightsState
 from lorafold.errors import InvalidField
 from lorafold.services.events import duration
 from lorafold.v1 import weights_pb2 as pb
 from lorafold_adapters.costs import Costs
-from lorafold_adapters.policy import Group, Plan
+from lorafold_adapters.policy import Cause, Group, Plan, Side
 from lorafold_adapters.residency import UNLIMITED, Limits
 
 LONGEST_TIMEOUT = 366 * 86400.0
@@ -46,8 +46,10 @@ def until(
     return now + min(limits) if limits else None
 
 
-def decision(plan: Plan) -> pb.Decision:
-    """What the next steps do."""
+def decision(plan: Plan | None, state: WeightsState, groups: Mapping[Group, tuple[int, int]]) -> pb.Decision | None:
+    """What the policy wants; None while nobody has requests, and while an operator holds the weights."""
+    if plan is None or not groups or state.pinned or plan.cause is Cause.HELD:
+        return None
     return pb.Decision(adapter_digest=plan.folded or "", cause=plan.cause.value, reason=plan.reason)
 
 
@@ -78,10 +80,12 @@ def costs(known: Costs) -> pb.Costs:
     )
 
 
-def queued(groups: Mapping[Group, tuple[int, int]]) -> Iterable[pb.QueuedRows]:
-    """Completions by adapter and policy."""
+def queued(groups: Mapping[Group, tuple[int, int]], here: Callable[[Side], bool]) -> Iterable[pb.QueuedRows]:
+    """Completions by adapter and policy; `here`: whether an adapter is on the device."""
     for (adapter, kind), (running, waiting) in groups.items():
-        yield pb.QueuedRows(adapter_digest=adapter or "", policy=kind.value, running=running, waiting=waiting)
+        yield pb.QueuedRows(
+            adapter_digest=adapter or "", policy=kind.value, running=running, waiting=waiting, on_device=here(adapter)
+        )
 
 
 def residency(places: Places, limits: Limits) -> pb.Residency:

@@ -24,6 +24,10 @@ from lorafold.v1 import generation_pb2_grpc
 from lorafold_adapters.errors import LorafoldError
 
 Context = grpc.aio.ServicerContext[Any, Any]
+CANCELLED = "cancelled"
+"""The outcome of a request whose caller went away."""
+NO_TIME = 0.1
+"""Seconds that a deadline seems to be away here when it has passed for the caller, whose clock started earlier."""
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -74,7 +78,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, context: Context
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
         """Submits the request and yields its messages; leaving before all completions ended, however, cancels them."""
-        name, outcome, left = "unknown", "cancelled", 0
+        name, outcome, left = "unknown", CANCELLED, 0
         request_id = uuid.uuid4().hex
         inbox = Mailbox(partial(self._engine.resume, request_id))
         try:
@@ -96,7 +100,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             if left:
                 self._engine.cancel(request_id)
-            self._metrics.request_ended(name, outcome)
+            self._metrics.request_ended(name, why_cancelled(context) if outcome == CANCELLED else outcome)
 
     async def _request(
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, request_id: str, context: Context
@@ -111,3 +115,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._builder.build(
             message.spec, request_id, prompt, target, self._engine.now(), context.time_remaining()
         )
+
+
+def why_cancelled(context: Context) -> str:
+    """Whether a caller's time was up, or it hung up before."""
+    remaining = context.time_remaining()
+    return "deadline_exceeded" if remaining is not None and remaining < NO_TIME else CANCELLED

@@ -55,14 +55,17 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 lambda: (weights.state, weights.decision, [*weights.transitions], fold_states.costs(weights.costs))
             )
             residents = self._engine.residents
-            places = await self._engine.asked(lambda: residents.places)
+            places, lines, under_way = await self._engine.asked(
+                lambda: (residents.places, [*fold_states.queued(queued, residents.here)], self._engine.under_way)
+            )
             return pb.GetFoldStateResponse(
                 fold_state=self._message(state),
-                decision=None if decision is None else fold_states.decision(decision),
+                decision=fold_states.decision(decision, state, queued),
                 transitions=[fold_states.transition(item) for item in transitions],
                 costs=costs,
-                queued=fold_states.queued(queued),
+                queued=lines,
                 residency=fold_states.residency(places, residents.limits),
+                under_way=under_way,
             )
 
     async def MergeAdapter(self, request: pb.MergeAdapterRequest, context: Context) -> pb.MergeAdapterResponse:

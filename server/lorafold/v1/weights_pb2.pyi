@@ -49,20 +49,22 @@ class GetFoldStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetFoldStateResponse(_message.Message):
-    __slots__ = ("fold_state", "decision", "transitions", "costs", "queued", "residency")
+    __slots__ = ("fold_state", "decision", "transitions", "costs", "queued", "residency", "under_way")
     FOLD_STATE_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
     fold_state: FoldState
     decision: Decision
     transitions: _containers.RepeatedCompositeFieldContainer[Transition]
     costs: Costs
     queued: _containers.RepeatedCompositeFieldContainer[QueuedRows]
     residency: Residency
-    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ..., queued: _Optional[_Iterable[_Union[QueuedRows, _Mapping]]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ...) -> None: ...
+    under_way: str
+    def __init__(self, fold_state: _Optional[_Union[FoldState, _Mapping]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ..., queued: _Optional[_Iterable[_Union[QueuedRows, _Mapping]]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ..., under_way: _Optional[str] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("adapter_digest", "cause", "reason")
@@ -133,16 +135,18 @@ class Residency(_message.Message):
     def __init__(self, known: _Optional[int] = ..., on_device: _Optional[int] = ..., device_slots: _Optional[int] = ..., device_bytes: _Optional[int] = ..., device_budget_bytes: _Optional[int] = ..., on_host: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., fetches: _Optional[int] = ...) -> None: ...
 
 class QueuedRows(_message.Message):
-    __slots__ = ("adapter_digest", "policy", "running", "waiting")
+    __slots__ = ("adapter_digest", "policy", "running", "waiting", "on_device")
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     adapter_digest: str
     policy: str
     running: int
     waiting: int
-    def __init__(self, adapter_digest: _Optional[str] = ..., policy: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
+    on_device: bool
+    def __init__(self, adapter_digest: _Optional[str] = ..., policy: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., on_device: _Optional[bool] = ...) -> None: ...
 
 class MergeAdapterRequest(_message.Message):
     __slots__ = ("deployment", "drain", "drain_timeout")
