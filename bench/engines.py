@@ -25,6 +25,7 @@ from lorafold.engine.pages import PagePool
 from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.step_clock import clock_for
 from lorafold.engine.weights import WeightsControl
 from lorafold.engine_parts import make_limits, make_policy
 from lorafold.metrics import Metrics
@@ -73,6 +74,7 @@ def engine_of(
             decode=remembering(lambda ids: str(tokenizer.decode(list(ids)))), end_of_sequence=frozenset()
         ),
         observer=metrics,
+        clock=clock_for(model.device),
         on_death=lambda _: None,
         overlap=model.device.type == "cuda",
     )

@@ -31,6 +31,7 @@ class Timeline:
         self.folds: list[float] = []
         """Seconds of each of those that put an adapter in."""
         self._ended: float | None = None
+        self._answering = False
         self._changing = 0.0
 
     def step(self, now: float, seconds: float) -> None:
@@ -38,7 +39,12 @@ class Timeline:
         if self._ended is not None:
             self.pauses.append(Pause(seconds=max(0.0, now - seconds - self._ended), changing=self._changing))
         self.steps.append(seconds)
-        self._ended, self._changing = now, 0.0
+        self._ended, self._answering, self._changing = now, True, 0.0
+
+    def answered(self, now: float) -> None:
+        """The answers of the last step have been told, which belongs to it, or nothing has happened since."""
+        if self._answering:
+            self._ended, self._answering = now, False
 
     def change(self, seconds: float, *, folds: bool) -> None:
         """The weights changed, which took so long; `folds`: an adapter is in them now."""

@@ -12,16 +12,17 @@ from bench.serving import running
 from lorafold import parts
 from lorafold.app import App
 from lorafold.config import Config
+from lorafold.engine.observer import Load, Phase
 from lorafold.engine.weights_state import Change
-from lorafold.metrics import Metrics
+from lorafold.metrics import DEPLOYMENTS, Metrics
 from lorafold_adapters.policy import Mode
 
 
 class Watched(Metrics):
     """The server's metrics, that keep a timeline too. Told on the engine's thread."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        super().__init__(registry)
+    def __init__(self, registry: CollectorRegistry, deployments: int = DEPLOYMENTS) -> None:
+        super().__init__(registry, deployments)
         self.timeline = Timeline()
 
     def begin(self) -> Timeline:
@@ -29,21 +30,22 @@ class Watched(Metrics):
         self.timeline = Timeline()
         return self.timeline
 
-    def step(self, mode: Mode, seconds: float) -> None:
+    def step(self, phase: Phase, mode: Mode, seconds: float) -> None:
         """One forward step ran."""
         self.timeline.step(time.monotonic(), seconds)
-        super().step(mode, seconds)
+        super().step(phase, mode, seconds)
 
     def changed(self, change: Change) -> None:
         """An adapter was folded, or the base given back."""
         self.timeline.change(change.seconds, folds=change.state.folded is not None)
         super().changed(change)
 
-    def queues(self, waiting: int, running: int, preemptions: int) -> None:
-        """How many rows there are now, and how often one ever gave up its room."""
-        if not waiting and not running:
+    def load(self, load: Load) -> None:
+        """What there is to do now; told after every step."""
+        self.timeline.answered(time.monotonic())
+        if not load.waiting and not load.running:
             self.timeline.idle()
-        super().queues(waiting, running, preemptions)
+        super().load(load)
 
 
 @contextmanager

@@ -15,10 +15,12 @@ from lorafold.engine.drains import Drained, DrainMode, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.loop import Engine
+from lorafold.engine.observer import Load, Phase
 from lorafold.engine.pages import PagePool
 from lorafold.engine.residents import Places, Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.step_clock import clock_for
 from lorafold.engine.weights import WeightsControl
 from lorafold.engine.weights_state import Change
 from lorafold.engine_parts import make_limits
@@ -68,10 +70,13 @@ class Recorder:
     death: list[BaseException | None] = field(default_factory=list)
     health: list[bool] = field(default_factory=list)
 
-    def step(self, mode: Mode, seconds: float) -> None:
+    def step(self, phase: Phase, mode: Mode, seconds: float) -> None:
         self.steps.append(mode)
 
-    def tokens(self, mode: Mode, *, prompt: int, answer: int) -> None:
+    def tokens(self, deployment: str, mode: Mode, *, prompt: int, answer: int) -> None:
+        pass
+
+    def token(self, deployment: str, mode: Mode, seconds: float, *, first: bool) -> None:
         pass
 
     def planned(self, plan: Plan) -> None:
@@ -80,10 +85,16 @@ class Recorder:
     def changed(self, change: Change) -> None:
         self.changes.append(change)
 
-    def queues(self, waiting: int, running: int, preemptions: int) -> None:
+    def held(self, held: bool) -> None:
         pass
 
-    def adapters(self, places: Places) -> None:
+    def verified(self, whole: bool) -> None:
+        pass
+
+    def load(self, load: Load) -> None:
+        pass
+
+    def places(self, places: Places) -> None:
         pass
 
 
@@ -125,6 +136,7 @@ class Bench:
             scheduler=self.scheduler,
             vocabulary=Vocabulary(decode=decode, end_of_sequence=frozenset()),
             observer=self.recorder,
+            clock=clock_for(model.device),
             on_death=self.recorder.death.append,
             on_health=self.recorder.health.append,
             overlap=overlap,

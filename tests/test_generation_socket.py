@@ -207,6 +207,6 @@ def test_metrics_count_what_happened(server: RunningServer, client: Client) -> N
     before = metric(server, line)
     client.generate("hello", deployment="vowels")
     assert metric(server, line) == before + 1
-    assert metric(server, 'lorafold_step_seconds_count{mode="merged"}') > 0
-    assert metric(server, 'lorafold_tokens_total{kind="prompt",mode="merged"}') > 0
+    assert metric(server, 'lorafold_step_seconds_count{mode="merged",phase="decode"}') > 0
+    assert metric(server, 'lorafold_tokens_total{deployment="vowels",kind="prompt",mode="merged"}') > 0
     assert metric(server, "lorafold_generation") > 0

@@ -168,16 +168,18 @@ def test_a_hang_up_before_the_server_serves_is_followed_once_it_does(tmp_path: P
     os.mkfifo(pipe)
     with subprocess.Popen(
         [sys.executable, "-m", "lorafold", "serve", str(pipe)],
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as serve:
+        assert serve.stdout is not None
+        assert serve.stderr is not None
         with pipe.open("w") as writer:  # Opens once the server does.
             serve.send_signal(signal.SIGHUP)
             writer.write(text_of(("it", ROT13)))
+        assert serve.stdout.readline().startswith("loaded the libraries")  # It has read to the end.
         with pipe.open("w") as writer:
             writer.write(text_of(("it", SHIFT)))
-        assert serve.stderr is not None
         assert "taken over" in next(line for line in serve.stderr if "configuration " in line)
         serve.send_signal(signal.SIGTERM)
         assert serve.wait(60) == 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorafold_adapters.binding import BoundAdapter
 from lorafold_adapters.delta import Change
 from lorafold_adapters.errors import BaseCorrupt, DeviceFull, FoldFailed
+from lorafold_adapters.phases import Phases
 from lorafold_adapters.undo import Rounding, Undo
 
 
@@ -42,6 +43,8 @@ class Weights:
         self._checksums: dict[str, str] = {}
         self._changed: set[str] = set()
         self._state = State.BASE
+        self.phases = Phases(next((live.device for live in self._live.values()), torch.device("cpu")))
+        """`write`, `check`, `restore` and `compare`: what changes take."""
 
     @property
     def state(self) -> State:
@@ -104,8 +107,10 @@ class Weights:
         self._state = State.DIRTY
         try:
             self._changed.update(name for name, _ in self.changes(adapter))  # What was reserved is given back as well.
-            extents = {name: self._undo.write(name, change) for name, change in self.changes(adapter)}
-            refuse_unbounded({name: (self._undo.target(name).dtype, values) for name, values in extents.items()})
+            with self.phases.part("write"):
+                extents = {name: self._undo.write(name, change) for name, change in self.changes(adapter)}
+            with self.phases.part("check"):
+                refuse_unbounded({name: (self._undo.target(name).dtype, values) for name, values in extents.items()})
             self._give_back(before - extents.keys())
             written = sum(self._undo.target(name).nbytes for name in extents)
         except BaseException as error:
@@ -146,9 +151,11 @@ class Weights:
 
     def _give_back(self, names: set[str]) -> None:
         try:
-            for name in names:
-                self._undo.restore(name)
-            self._compare(names)
+            with self.phases.part("restore"):
+                for name in names:
+                    self._undo.restore(name)
+            with self.phases.part("compare"):
+                self._compare(names)
         except BaseCorrupt:
             raise
         except Exception as error:

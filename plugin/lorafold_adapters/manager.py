@@ -93,6 +93,10 @@ class AdapterManager(Preparing):
         """Which adapter is in the weights now."""
         return self._folded.state
 
+    def take_phases(self) -> dict[str, float]:
+        """Seconds of each part of the changes since the last call: `write`, `check`, `restore`, `compare`."""
+        return self._weights.phases.take()
+
     @property
     def adapters(self) -> dict[str, BoundAdapter]:
         """The loaded adapters by name; a copy."""

@@ -17,6 +17,7 @@ from lorafold.declared import bring_up
 from lorafold.errors import ConfigError
 from lorafold.exports import Exports
 from lorafold.metrics import Metrics
+from lorafold.metrics.calls import CallCounter
 from lorafold.own_thread import in_own_thread
 from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.recipes import folders_of
@@ -180,7 +181,7 @@ def say_deployed(parts: Parts, say: Say, seconds: float) -> None:
 
 def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     """A gRPC server with every service on it, not listening yet."""
-    server = grpc.aio.server(options=OPTIONS)
+    server = grpc.aio.server(options=OPTIONS, interceptors=[CallCounter(parts.metrics.calls)])
     builder = RequestBuilder(parts.base, parts.config.engine)
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics, in_flight)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)

@@ -132,6 +132,13 @@ class ResidencyConfig(Section):
     """Host memory for adapters; the rest are read from disk when they are needed."""
 
 
+class MetricsConfig(Section):
+    """`[metrics]`: what Prometheus is told; where is `server.metrics_address`."""
+
+    deployments: Annotated[int, Field(ge=0)] = 30
+    """Deployments that have a label of their own, those that are asked for first; the rest is `other`."""
+
+
 class IdentityConfig(Section):
     """`[identity]`: which base an adapter was trained on, as its stamp says."""
 
@@ -236,6 +243,7 @@ class Config(Section):
     fold: FoldConfig = FoldConfig()
     policy: PolicyConfig = PolicyConfig()
     residency: ResidencyConfig = ResidencyConfig()
+    metrics: MetricsConfig = MetricsConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()
     deployments: list[DeploymentConfig] = []

@@ -16,6 +16,8 @@ import structlog
 
 from lorafold.config import BASE, NAME_PATTERN, DeploymentConfig
 from lorafold.errors import DeploymentBusy, DeploymentNotFound, DeploymentUnservable, InvalidField
+from lorafold.metrics import Metrics
+from lorafold.metrics.adapters import Deployed
 from lorafold.progress import Progress, Stage, Tell, nobody
 from lorafold.staging import Staged, Staging
 from lorafold.state import Record, State, Version
@@ -74,9 +76,10 @@ class Target:
 class Deployments:
     """All deployments of one server."""
 
-    def __init__(self, staging: Staging, file: StateFile) -> None:
+    def __init__(self, staging: Staging, file: StateFile, metrics: Metrics) -> None:
         """`file`: where they are remembered."""
         self.staging = staging
+        self._metrics = metrics
         self._file = file
         self._by_name: dict[str, Deployment] = {}
         self._deleted: dict[str, DeploymentConfig] = {}
@@ -150,6 +153,7 @@ class Deployments:
             self._by_name, self._deleted = after, forgotten
             tell(Progress(stage=Stage.SWITCHED))
             self._release(before, changes)
+            self._count(changes)
 
     @contextmanager
     def changing(self, *names: str) -> Iterator[None]:
@@ -182,6 +186,14 @@ class Deployments:
         async with self._saving:
             self._file.close()
 
+    def _count(self, changes: Mapping[str, Deployment | None]) -> None:
+        """Tells the metrics what is in force now."""
+        for name, deployment in changes.items():
+            if deployment is None:
+                self._metrics.forget(name)
+            else:
+                self._metrics.deployments.deployed(name, told(deployment))
+
     def _release(self, these: Mapping[str, Deployment | None], others: Mapping[str, Deployment | None]) -> None:
         """What is staged for these and not for the others."""
         for name, deployment in these.items():
@@ -199,6 +211,16 @@ def state_of(deployments: Mapping[str, Deployment], deleted: Mapping[str, Deploy
     """What is to be remembered of them."""
     records = tuple(deployments[name].record for name in sorted(deployments))
     return State(deployments=records, deleted=tuple(deleted[name] for name in sorted(deleted)))
+
+
+def told(deployment: Deployment) -> Deployed:
+    """What metrics say of it."""
+    fidelity = deployment.staged.folding.fidelity if deployment.staged is not None else None
+    return Deployed(
+        adapter=deployment.digest,
+        policy=deployment.wanted.policy.value,
+        delta_error=None if fidelity is None else fidelity.delta_error,
+    )
 
 
 def check_name(name: str) -> None:

@@ -14,6 +14,7 @@ from lorafold.engine.pages import PagePool
 from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.step_clock import clock_for
 from lorafold.engine.weights import WeightsControl
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase
@@ -55,6 +56,7 @@ def make_engine(
         ),
         vocabulary=vocabulary,
         observer=metrics,
+        clock=clock_for(device),
         on_death=on_death,
         on_health=on_health,
         overlap=device.type == "cuda",

@@ -59,7 +59,7 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
     base, manager, entry = await load_manager(config, path, say)
     pool, runner = await load_cache(config.engine, base, manager, say)
     base = replace(base, context=min(base.context, pool.tokens))
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics(CollectorRegistry(), config.metrics.deployments)
     loop = asyncio.get_running_loop()
     died: asyncio.Future[BaseException | None] = loop.create_future()
     health_servicer = health.aio.HealthServicer()
@@ -81,7 +81,7 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
         base=base,
         manager=manager,
         engine=engine,
-        deployments=Deployments(Staging(manager, engine, reader, metrics), file),
+        deployments=Deployments(Staging(manager, engine, reader, metrics), file, metrics),
         metrics=metrics,
         health=health_servicer,
         died=died,

@@ -110,6 +110,11 @@ class Timings:
     prefill: float = 0.0
     decode: float = 0.0
 
+    @property
+    def all(self) -> float:
+        """From arrival to the end."""
+        return self.queue + self.swap_wait + self.prefill + self.decode
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:

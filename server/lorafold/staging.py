@@ -128,7 +128,7 @@ class Staging:
             told = error if isinstance(error, LorafoldError) else AdapterCorrupt(f"the adapter cannot be read: {error}")
             log.error("adapter cannot be brought", adapter=digest, reason=str(error), exc_info=told is not error)
             self._engine.call(lambda: self._engine.lost(digest, told))
-        self._metrics.fetched(self._loop.time() - begun, from_disk=from_disk)
+        self._metrics.adapters.fetched(self._loop.time() - begun, from_disk=from_disk)
 
     async def put(
         self, reading: Reading, wanted: DeploymentConfig, tell: Tell = nobody, *, instead_of: Iterable[Staged] = ()

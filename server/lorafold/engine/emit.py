@@ -80,6 +80,7 @@ def add(row: Row, pick: Pick, provenance: Provenance, vocabulary: Vocabulary, no
         raise ValueError("the model computed NaN or infinity")
     if not row.generated:
         row.first_token, row.swap_wait_before_first = now, row.swap_wait
+    row.last_token = now
     row.tokens.append(pick.token)
     ended = vocabulary.ends(row.request, pick.token)
     if ended is None and row.generated >= row.request.max_tokens:

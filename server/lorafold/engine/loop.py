@@ -16,10 +16,11 @@ from lorafold.engine.departures import Departures
 from lorafold.engine.drains import Drained, Drains, Order
 from lorafold.engine.emit import Vocabulary
 from lorafold.engine.inbox import GONE, Command, Inbox
-from lorafold.engine.observer import Observer
+from lorafold.engine.observer import Load, Observer
 from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.step_clock import StepClock
 from lorafold.engine.stepper import Stepper
 from lorafold.engine.tracker import Tracker
 from lorafold.engine.weights import TurnFailed, WeightsControl
@@ -45,6 +46,7 @@ class Engine:
         scheduler: Scheduler,
         vocabulary: Vocabulary,
         observer: Observer,
+        clock: StepClock,
         on_death: Callable[[BaseException | None], object],
         on_health: Callable[[bool], object] = lambda _: None,
         overlap: bool = False,
@@ -61,7 +63,7 @@ class Engine:
         self._scheduler = scheduler
         self._requests = Tracker(scheduler, residents, vocabulary, self.now, overlap=overlap)
         self._answers = self._requests.answers
-        self._stepper = Stepper(runner, weights, scheduler, self._requests, observer)
+        self._stepper = Stepper(runner, weights, scheduler, self._requests, observer, clock)
         self._observer = observer
         self._on_death = on_death
         self._on_health = on_health
@@ -195,11 +197,11 @@ class Engine:
     def _tidy(self) -> None:
         if self._scheduler.empty:
             self._scheduler.check_integrity()
-        self._observer.queues(self._scheduler.waiting, len(self._scheduler.running), self._scheduler.preemptions)
+        self._observer.load(load_of(self._scheduler))
         held = self.weights.held
         if not self.weights.damaged:
             self.residents.sweep(self._needed)
-        self._observer.adapters(self.residents.places)
+        self._observer.places(self.residents.places)
         self._idle = self._idle and self.weights.held == held
         self._departures.look(self._scheduler, self.residents.leaving)
 
@@ -271,3 +273,14 @@ class Engine:
         self._scheduler.forget_cache()
         self.weights.recover()
         self._on_health(True)
+
+
+def load_of(scheduler: Scheduler) -> Load:
+    """What it has to do."""
+    pool = scheduler.pool
+    return Load(
+        waiting=scheduler.waiting,
+        running=len(scheduler.running),
+        cache_usage=pool.used / max(1, pool.pages - 1),
+        preemptions=scheduler.preemptions,
+    )

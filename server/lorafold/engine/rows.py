@@ -47,6 +47,8 @@ class Row:
     """When it first started; times are in seconds on the engine's clock."""
     first_token: float = 0.0
     """When its first token was chosen."""
+    last_token: float = 0.0
+    """When its last one was; 0 before the first."""
     swap_wait_before_start: float = 0.0
     swap_wait_before_first: float = 0.0
     """The parts of `swap_wait` before it started, and before its first token."""

@@ -1,15 +1,17 @@
 """One step of the model: the tokens that the scheduler picked go in, a token for each row that samples comes out."""
 
 import time
+from functools import partial
 
 import structlog
 import torch
 
-from lorafold.engine.observer import Observer, mode_of, observe
+from lorafold.engine.observer import Observer, count, kind_of, learn, mode_of, time_tokens
 from lorafold.engine.rows import Part, Row
 from lorafold.engine.runner import Piece, Runner
 from lorafold.engine.sampling import Chosen, sample
 from lorafold.engine.scheduler import Scheduler
+from lorafold.engine.step_clock import StepClock
 from lorafold.engine.tracker import Tracker
 from lorafold.engine.weights import WeightsControl
 from lorafold.errors import StepFailed
@@ -24,9 +26,16 @@ class Stepper:
     """Runs steps, on the engine's thread."""
 
     def __init__(
-        self, runner: Runner, weights: WeightsControl, scheduler: Scheduler, requests: Tracker, observer: Observer
+        self,
+        runner: Runner,
+        weights: WeightsControl,
+        scheduler: Scheduler,
+        requests: Tracker,
+        observer: Observer,
+        clock: StepClock,
     ) -> None:
         self._runner = runner
+        self._clock = clock
         self._weights = weights
         self._scheduler = scheduler
         self._requests = requests
@@ -40,11 +49,13 @@ class Stepper:
     def run(self, parts: list[Part], plan: Plan) -> None:
         """Runs one step. If it fails, so do the requests in it, but for an AcceleratorError, which is raised."""
         start = time.monotonic()
+        self._clock.begin()
         try:
             logits_SV = self._runner.run([piece(part, plan) for part in parts])
             self._answers.tell_rest()  # On a GPU that step still runs. Choosing tokens may wait for it.
             sampling = [part.row for part in parts if part.samples]
             chosen = sample(logits_SV, [row.sampling for row in sampling]) if sampling else None
+            self._clock.end(partial(self._observer.step, *kind_of(parts, plan.folded)))
             read = [0 if part.row.ended else self._scheduler.ran(part) for part in parts]
             self._extend(sampling, chosen, plan.folded)
         except torch.AcceleratorError:
@@ -52,7 +63,9 @@ class Stepper:
         except Exception as error:
             self._fail(parts, error)
             return
-        observe(self._observer, self._weights.costs, parts, read, plan.folded, time.monotonic() - start)
+        learn(self._weights.costs, parts, plan.folded, time.monotonic() - start)
+        count(self._observer, parts, read, plan.folded)
+        self._clock.poll()
 
     def _fail(self, parts: list[Part], error: Exception) -> None:
         log.error("step failed", requests=[part.row.request.id for part in parts], exc_info=True)
@@ -68,8 +81,10 @@ class Stepper:
             return
         picks = chosen.read()
         generation = self._weights.state.generation
-        told = [Provenance(mode=mode_of(row, folded), generation=generation) for row in rows]
+        modes, before = [mode_of(row, folded) for row in rows], [row.last_token for row in rows]
+        told = [Provenance(mode=mode, generation=generation) for mode in modes]
         self._answers.extend(rows, picks, told, time.monotonic())
+        time_tokens(self._observer, rows, before, modes)
         for row in rows:
             if not row.ended and row.stalled():
                 self._scheduler.pause(row)

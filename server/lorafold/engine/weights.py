@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import structlog
 from torch import nn
 
-from lorafold.engine.weights_state import Change, Transition, Verification, WeightsObserver, WeightsState
+from lorafold.engine.weights_state import Change, Result, Transition, Verification, WeightsObserver, WeightsState
 from lorafold.errors import BaseReloading
 from lorafold_adapters import AdapterManager, FoldState
 from lorafold_adapters.costs import Costs
@@ -74,7 +74,8 @@ class WeightsControl:
     def recover(self) -> None:
         """Gives the base back once more, or else loads it again. Raises BaseCorrupt if that does not help either."""
         start = time.perf_counter()
-        self._hold = None
+        self._set_hold(None)
+        result = Result.RESTORED
         try:
             if self._damaged:
                 raise BaseCorrupt(self._reason)
@@ -84,9 +85,10 @@ class WeightsControl:
             log.critical("base is damaged: loading it again", error=str(error))
             self._manager.reload(self._load_base())
             self._reloads += 1
+            result = Result.RELOADED
             self._reason = f"loaded again: {error}"
         self._damaged = False
-        self._tell(Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=0))
+        self._tell(self._done(result, start, 0))
         log.warning("base is whole again", generation=self.state.generation, reason=self._reason)
 
     @property
@@ -134,7 +136,7 @@ class WeightsControl:
         try:
             self._change(plan.folded, plan.reason, loud=plan.cause is not Cause.TURN)
         except LorafoldError as error:
-            self._hold = None
+            self._set_hold(None)
             self._unfoldable.add(plan.folded)
             raise TurnFailed(plan.folded, error) from error
 
@@ -151,14 +153,14 @@ class WeightsControl:
         """
         what = "given back" if folded is None else "folded"
         change = self._change(folded, f"{what} by hand{' and held' if hold else ''}")
-        self._hold = Hold(folded) if hold else None
+        self._set_hold(Hold(folded) if hold else None)
         log.info("weights changed by hand", folded=folded, held=hold, seconds=change.seconds)
         return replace(change, state=self.state)
 
     def let_go(self) -> WeightsState:
         """Hands the weights to the policy, as they are."""
         if self._hold is not None:
-            self._hold = None
+            self._set_hold(None)
             self._reason = f"{self._reason}, then released"
             log.info("weights handed to the policy")
         return self.state
@@ -167,6 +169,7 @@ class WeightsControl:
         """Gives the base back, reads every weight, and folds again what was pinned."""
         self._change(None, "given back by VerifyBase")
         mismatched = self._manager.verify_base()
+        self._observer.verified(not mismatched)
         if mismatched:
             self._damaged = True
             self._reason = f"{len(mismatched)} tensors are not what was loaded, '{mismatched[0]}' for one"
@@ -181,7 +184,7 @@ class WeightsControl:
             raise BaseCorrupt(self._reason)
         why = "the folded adapter leaves the device"
         if self._hold == Hold(adapter):
-            self._hold = None
+            self._set_hold(None)
             why = "the hold ended: no deployment has its adapter any more"
             log.info("hold released: the held adapter is dropped", adapter=adapter)
         if self._manager.fold_state.folded == adapter:
@@ -193,7 +196,7 @@ class WeightsControl:
             raise BaseReloading(f"the base is damaged and about to be loaded again: {self._reason}")
         before = self._manager.fold_state
         start = time.perf_counter()
-        written = 0
+        written, result = 0, Result.RESTORED if adapter is None else Result.FOLDED
         self._reason = reason
         try:
             if adapter is None:
@@ -203,12 +206,21 @@ class WeightsControl:
             self._learn(before, time.perf_counter() - start)
         except LorafoldError as error:
             self._reason = str(error)
+            result = Result.DAMAGED if self.damaged else Result.FAILED
             raise
         finally:
-            change = Change(state=self.state, seconds=time.perf_counter() - start, weight_bytes=written)
+            change = self._done(result, start, written)
             if change.state.generation != before.generation:
                 self._tell(change, loud=loud)
         return change
+
+    def _set_hold(self, hold: Hold | None) -> None:
+        self._hold = hold
+        self._observer.held(hold is not None)
+
+    def _done(self, result: Result, start: float, written: int) -> Change:
+        seconds, phases = time.perf_counter() - start, self._manager.take_phases()
+        return Change(state=self.state, result=result, seconds=seconds, weight_bytes=written, phases=phases)
 
     def _tell(self, change: Change, *, loud: bool = True) -> None:
         state = change.state
@@ -229,6 +241,8 @@ class WeightsControl:
             )
         )
         self._observer.changed(change)
+        if change.result is not Result.FOLDED:
+            self._observer.verified(change.result is not Result.DAMAGED)
 
     def _learn(self, before: FoldState, seconds: float) -> None:
         after = self._manager.fold_state

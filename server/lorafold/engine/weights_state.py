@@ -1,7 +1,9 @@
 """What is known of the weights, for those who ask: plain data, and who is told of changes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum
 from typing import Protocol
 
 from lorafold_adapters.policy import Plan
@@ -24,13 +26,29 @@ class WeightsState:
     """What folds into a quantised base start from; empty if it is not quantised."""
 
 
+class Result(Enum):
+    """What became of a change of the weights."""
+
+    FOLDED = "folded"
+    RESTORED = "restored"
+    FAILED = "failed"
+    """An adapter could not be folded: the base was given back instead."""
+    DAMAGED = "damaged"
+    """The base could not be given back."""
+    RELOADED = "reloaded"
+    """The base was loaded anew."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """What one change of the weights took."""
 
     state: WeightsState
+    result: Result
     seconds: float
     weight_bytes: int
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of its parts; see `AdapterManager.take_phases`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,4 +81,12 @@ class WeightsObserver(Protocol):
 
     def changed(self, change: Change) -> None:
         """The weights were changed."""
+        ...
+
+    def held(self, held: bool) -> None:
+        """Whether an operator holds the weights."""
+        ...
+
+    def verified(self, whole: bool) -> None:
+        """The base was compared with its checksums."""
         ...

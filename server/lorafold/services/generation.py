@@ -12,7 +12,7 @@ from lorafold.config import BASE
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.metrics import Metrics
-from lorafold.requests import Finished, Request, Started
+from lorafold.requests import Finished, Request
 from lorafold.services import events
 from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.in_flight import InFlight
@@ -87,10 +87,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._engine.submit(request, inbox.put, inbox.stalled)
             while left:
                 event = await inbox.take()
-                if isinstance(event, Started) and event.index == 0:
-                    self._metrics.first_token(event.provenance.mode, event.seconds)
                 if isinstance(event, Finished):
                     left -= 1
+                    self._metrics.requests.completed(name, event.provenance.mode, event.timings)
                     outcome = outcome if left else event.reason.value
                 for part in events.messages(request, event):
                     yield part
@@ -100,7 +99,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             if left:
                 self._engine.cancel(request_id)
-            self._metrics.request_ended(name, why_cancelled(context) if outcome == CANCELLED else outcome)
+            self._metrics.requests.request_ended(name, why_cancelled(context) if outcome == CANCELLED else outcome)
 
     async def _request(
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, request_id: str, context: Context
