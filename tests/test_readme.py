@@ -53,8 +53,8 @@ def test_the_file_tree_names_every_module_and_no_other() -> None:
             relative = file.relative_to(root)
             covered = file.name.startswith("__") or relative.parts[0] in ("v1", "cli", "services", "demo")
             assert covered or str(relative) in tree, relative
-    for name in re.findall(r"^  (?:engine/)?([a-z_]+\.py)", tree, re.MULTILINE):
-        assert list(ROOT.glob(f"[ps]*/*/{name}")) or list(ROOT.glob(f"server/*/engine/{name}")), name
+    for name in re.findall(r"^  (?:engine/|metrics/)?([a-z_]+\.py)", tree, re.MULTILINE):
+        assert list(ROOT.glob(f"[ps]*/*/{name}")) or list(ROOT.glob(f"server/*/[em]*/{name}")), name
 
 
 def test_the_make_words_exist() -> None:
