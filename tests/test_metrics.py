@@ -44,6 +44,8 @@ def used() -> Iterator[RunningServer]:
         running.client.generate("Hello", deployment="rot13")
         running.client.stubs.weights.ReleaseFoldState(weights_pb2.ReleaseFoldStateRequest())
         running.client.stubs.weights.VerifyBase(weights_pb2.VerifyBaseRequest())
+        probe = weights_pb2.MeasureOverheadRequest(batches=[1], adapters=[1], max_pairs=16)
+        assert list(running.client.stubs.weights.MeasureOverhead(probe))[-1].HasField("overhead")
         yield running
 
 

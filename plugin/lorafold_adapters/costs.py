@@ -1,4 +1,4 @@
-"""What steps and changes of the weights cost on this machine, as running medians. Pure Python.
+"""What steps and changes of the weights cost on this machine, as running medians. Knows no model.
 
 A step is *plain* if it runs the weights as they are, the base's or folded ones, and *two-path* if any of its rows has a
 low-rank path beside them. What the latter costs depends on how many adapters are in the batch, too.
@@ -7,6 +7,8 @@ low-rank path beside them. What the latter costs depends on how many adapters ar
 from collections import deque
 from itertools import pairwise
 from statistics import median, median_low
+
+from lorafold_adapters.overhead import Overhead
 
 REMEMBERED = 31
 """Samples of a median: what a machine does now counts, not what it did an hour ago."""
@@ -90,6 +92,8 @@ class Costs:
         self._by_adapters: dict[int, StepCosts] = {}
         """The same, apart for each bucket of the number of adapters in them."""
         self._changes: dict[tuple[bool, bool], Recent] = {}
+        self._added: dict[tuple[int, int], float] = {}
+        """Seconds that low-rank paths were found to add to a step, by bucket of its rows and of its adapters."""
         self._cold = False
         """True if no step has run since the weights changed."""
 
@@ -107,6 +111,11 @@ class Costs:
         self.two_path.add(rows, seconds)
         self._by_adapters.setdefault(bucket(adapters), StepCosts()).add(rows, seconds)
 
+    def measured(self, found: Overhead) -> None:
+        """Pairs of steps were timed: they count where no such step of requests was."""
+        seconds = found.unmerged_seconds - found.plain_seconds
+        self._added[bucket(found.cell.batch), bucket(found.cell.adapters)] = max(0.0, seconds)
+
     def changed(self, *, was_folded: bool, is_folded: bool, seconds: float) -> None:
         """The weights were changed: folded, given back, or one adapter for another."""
         self._cold = True
@@ -121,6 +130,9 @@ class Costs:
         alike = self._by_adapters.get(bucket(adapters))
         if alike is not None and alike.covers(rows):
             return alike.at(rows)
+        added, plain = self._added.get((bucket(rows), bucket(adapters))), self.plain.at(rows)
+        if added is not None and plain is not None and self.plain.covers(rows):
+            return plain + added
         return known(self.two_path, self.plain, self.overhead(rows), rows)
 
     def overhead(self, rows: int) -> float:

@@ -80,6 +80,7 @@ class AdapterManager(Preparing):
         self._weights = base.weights
         self._folded = Folded(base)
         self._adapters: dict[str, BoundAdapter] = {}
+        self._rehearsing = False
         self.gate = FoldGate(self._weights, max_delta_error, base.coarse)
         """Says which adapters may be folded, and what a fold keeps of them."""
 
@@ -179,6 +180,21 @@ class AdapterManager(Preparing):
         with self._router.routed(body, head):
             yield
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, rows may be routed while an adapter is folded: for what a step takes, not for what it computes.
+
+        Raises AdapterInUse if an adapter is folded into a quantised base, whose steps then take another time.
+        """
+        if self.quantised:
+            self._folded.refuse_folded("call unmerge_adapter() before steps of the quantised base are timed")
+        self._folded.refuse_dirty()
+        self._rehearsing = True
+        try:
+            yield
+        finally:
+            self._rehearsing = False
+
     def static_routing(self, capacity: int, max_rank: int | None = None, *, overlap: bool = False) -> StaticRouting:
         """A routing of up to `capacity` rows that a CUDA graph can capture; it goes on as adapters come and go.
 
@@ -233,7 +249,8 @@ class AdapterManager(Preparing):
         return self._adapters[name]
 
     def _refuse_unroutable(self, names: set[str]) -> None:
-        self._folded.refuse_folded("call unmerge_adapter() before routing rows")
+        if not self._rehearsing:
+            self._folded.refuse_folded("call unmerge_adapter() before routing rows")
         for name in names:
             if (refusal := self._known(name).route_refusal) is not None:
                 raise AdapterUnsupported(f"adapter '{name}' cannot be routed: {refusal}; fold it")

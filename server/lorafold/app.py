@@ -188,7 +188,9 @@ def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     names = DeploymentService(parts.deployments, Changes(parts.deployments), in_flight)
     deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(names, server)
     exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
-    weights = WeightsService(parts.engine, parts.deployments, exports, parts.manager.base.digest, in_flight)
+    weights = WeightsService(
+        parts.engine, parts.deployments, exports, parts.overheads, parts.manager.base.digest, in_flight
+    )
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -15,6 +15,7 @@ LorafoldError
 ├── QueueFull               too many requests wait
 ├── KvFull                  the sequence can never fit the cache
 ├── DeadlineExceeded        the request's own deadline passed before it was done
+├── MeasurementBusy         another measurement of the unmerged path runs now
 ├── ExportOff               this server writes no exports
 ├── StepFailed              the model failed on the batch the request was in
 ├── BaseReloading           the base was found damaged and is being loaded again
@@ -73,6 +74,10 @@ class StateNotSaved(LorafoldError):
 
 class StateDiskFull(StateNotSaved):
     """The state file's disk, or the quota on it, is full."""
+
+
+class MeasurementBusy(LorafoldError):
+    """Another measurement runs now."""
 
 
 class QueueFull(LorafoldError):

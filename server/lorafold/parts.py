@@ -14,10 +14,13 @@ from transformers import PreTrainedModel
 from lorafold.config import Config, EngineConfig, FoldConfig, ResidencyConfig, fingerprint_folder, local_model_path
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
+from lorafold.engine.probe import Probe
+from lorafold.engine.step_clock import clock_for
 from lorafold.engine_parts import Cache, make_cache, make_engine
 from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
 from lorafold.model import LoadedBase, load_base, load_model, load_weights
+from lorafold.overheads import Overheads
 from lorafold.own_thread import in_own_thread
 from lorafold.reading import Reader
 from lorafold.staging import Staging
@@ -47,6 +50,7 @@ class Parts:
     manager: AdapterManager
     engine: Engine
     deployments: Deployments
+    overheads: Overheads
     metrics: Metrics
     health: health.aio.HealthServicer
     died: "asyncio.Future[BaseException | None]"
@@ -82,6 +86,14 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
         manager=manager,
         engine=engine,
         deployments=Deployments(Staging(manager, engine, reader, metrics), file, metrics),
+        overheads=Overheads(
+            engine,
+            manager,
+            Probe(runner, manager, pool, clock_for(base.model.device)),
+            metrics.overhead,
+            max_batch=config.engine.max_batch,
+            context=min(config.engine.max_context, base.context),
+        ),
         metrics=metrics,
         health=health_servicer,
         died=died,

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 address_option = click.option(
     "--address",
+    "--server",
+    "address",
     default="127.0.0.1:50051",
     envvar="LORAFOLD_ADDRESS",
     show_default=True,

@@ -58,6 +58,11 @@ class Inbox:
         self.put(Command(run, refuse))
         return future
 
+    @property
+    def empty(self) -> bool:
+        """True if nobody waits for anything."""
+        return self._commands.empty()
+
     def run_all(self, *, wait: float | None) -> None:
         """Runs what is queued; if nothing is, waits up to `wait` seconds for the first command, None for ever.
 

@@ -4,6 +4,8 @@ Per layer two tensors [P, S, K, D]: P pages of S tokens, K key-value heads, D he
 [P * S]. T: packed tokens of one step.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -23,6 +25,12 @@ class PagedCache:
         keys.flatten(0, 1).index_copy_(0, place_T, key[0].transpose(0, 1))
         values.flatten(0, 1).index_copy_(0, place_T, value[0].transpose(0, 1))
         return keys, values
+
+    def fill(self, pages: Sequence[int]) -> None:
+        """Writes something to these pages of every layer that has run: memory never written to is no real memory."""
+        for layer in self._layers.values():
+            for tensor in layer:
+                tensor[pages[0] : pages[-1] + 1] = 0.01
 
     def _room(self, like: Tensor) -> Tensor:
         return like.new_empty(self.pages, self.size, like.shape[1], like.shape[3])

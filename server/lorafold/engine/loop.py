@@ -136,6 +136,15 @@ class Engine:
         return self.let_go()
 
     @property
+    def idle(self) -> bool:
+        """True if there are no requests; only for functions handed to `call`."""
+        return self._scheduler.empty
+
+    def wanted(self) -> bool:
+        """True if a command waits; likewise."""
+        return not self._inbox.empty
+
+    @property
     def under_way(self) -> str:
         """What an order waits for, for people; only for functions handed to `call`."""
         return self._drains.told

@@ -126,6 +126,20 @@ class PagePool:
                 if self._state[page] == PROMISED:
                     self._state[page] = FREE
 
+    def borrow(self, sequences: int, tokens: int) -> list[range] | None:
+        """Free pages in one piece for each of `sequences`; None if there are not so many.
+
+        They stay free: nothing may be asked of the pool while they are used.
+        """
+        width, found, start = self.pages_for(tokens), list[range](), 0
+        for _ in range(sequences):
+            first = self._state.find(bytes([FREE]) * width, start)
+            if first < 0:
+                return None
+            start = first + width
+            found.append(range(first, start))
+        return found
+
     def forget(self) -> None:
         """Forgets every prefix: what the pages hold may be wrong. Sequences that run keep theirs."""
         for page in self._unused:

@@ -115,6 +115,12 @@ class Runner:
             why = str(error).split("\n")[0]
             log.warning("engine.compile is left out; it needs a C++ compiler, g++ or what CXX names", error=why)
 
+    def fill(self, pages: Sequence[Sequence[int]]) -> None:
+        """Writes something to these pages, each element a piece without gaps; they must be free."""
+        with torch.inference_mode():
+            for piece in pages:
+                self._cache.fill(piece)
+
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [S, V], fp32, one row for each piece that samples, in the order of `pieces`; valid until the next."""

@@ -10,6 +10,7 @@ from lorafold.metrics.adapters import AdapterMetrics, DeploymentMetrics
 from lorafold.metrics.calls import CallMetrics
 from lorafold.metrics.engine import EngineMetrics
 from lorafold.metrics.labels import Names
+from lorafold.metrics.overhead import OverheadMetrics
 from lorafold.metrics.requests import RequestMetrics
 from lorafold.metrics.weights import WeightsMetrics
 from lorafold_adapters.policy import Mode, Plan
@@ -28,6 +29,7 @@ class Metrics:
         self.engine = EngineMetrics(registry)
         self.weights = WeightsMetrics(registry)
         self.adapters = AdapterMetrics(registry)
+        self.overhead = OverheadMetrics(registry)
         self.calls = CallMetrics(registry)
         self.deployments = DeploymentMetrics(registry, self._names)
 

@@ -9,6 +9,7 @@ from lorafold.metrics.adapters import AdapterMetrics, DeploymentMetrics
 from lorafold.metrics.calls import CallMetrics
 from lorafold.metrics.engine import EngineMetrics
 from lorafold.metrics.labels import LATENCY_BUCKETS, STEP_BUCKETS, Names
+from lorafold.metrics.overhead import OverheadMetrics
 from lorafold.metrics.requests import RequestMetrics
 from lorafold.metrics.weights import WeightsMetrics
 
@@ -18,6 +19,7 @@ SECTIONS: dict[str, Callable[[CollectorRegistry], object]] = {
     "Weights": WeightsMetrics,
     "Adapters": AdapterMetrics,
     "Deployments": lambda registry: DeploymentMetrics(registry, Names(0)),
+    "What the unmerged path costs": OverheadMetrics,
     "gRPC": CallMetrics,
 }
 INTRODUCTION = f"""# Metrics

@@ -37,6 +37,7 @@ TABLE: tuple[tuple[type[LorafoldError], grpc.StatusCode, str], ...] = (
     (server.KvFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "KV_FULL"),
     (server.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (server.FoldInProgress, grpc.StatusCode.ABORTED, "FOLD_IN_PROGRESS"),
+    (server.MeasurementBusy, grpc.StatusCode.ABORTED, "MEASUREMENT_IN_PROGRESS"),
     (server.ExportOff, grpc.StatusCode.FAILED_PRECONDITION, "EXPORT_FOLDER_UNSET"),
     (server.EngineStopped, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     (server.BaseReloading, grpc.StatusCode.UNAVAILABLE, "BASE_RELOADING"),

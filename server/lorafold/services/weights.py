@@ -14,7 +14,8 @@ from lorafold.engine.loop import Engine
 from lorafold.engine.weights_state import WeightsState
 from lorafold.errors import InvalidField
 from lorafold.exports import Exports
-from lorafold.services import fold_states
+from lorafold.overheads import Overheads
+from lorafold.services import fold_states, overhead_messages
 from lorafold.services.events import duration
 from lorafold.services.fields import refuse_unknown_fields
 from lorafold.services.in_flight import InFlight
@@ -36,6 +37,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         engine: Engine,
         deployments: Deployments,
         exports: Exports,
+        overheads: Overheads,
         base_fingerprint: str,
         in_flight: InFlight,
     ) -> None:
@@ -43,6 +45,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         self._in_flight = in_flight
         self._deployments = deployments
         self._exports = exports
+        self._overheads = overheads
         self._base_fingerprint = base_fingerprint
 
     async def GetFoldState(self, request: pb.GetFoldStateRequest, context: Context) -> pb.GetFoldStateResponse:
@@ -148,6 +151,25 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             async with aclosing(export) as steps:
                 async for step in steps:
                     yield export_event(step)
+
+    async def MeasureOverhead(
+        self, request: pb.MeasureOverheadRequest, context: Context
+    ) -> AsyncIterator[pb.MeasureOverheadResponse]:
+        """Times pairs of steps, cell by cell."""
+        async with translated(context):
+            self._in_flight.refuse_once_closed()
+            refuse_unknown_fields(request)
+            grid = await self._overheads.grid(overhead_messages.grid(request))
+            async with aclosing(self._overheads.measure(grid)) as steps:
+                async for step in steps:
+                    yield overhead_messages.event(step)
+
+    async def ListOverheads(self, request: pb.ListOverheadsRequest, context: Context) -> pb.ListOverheadsResponse:
+        """What was found so far."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            found = sorted(self._overheads.known.items())
+            return pb.ListOverheadsResponse(overheads=[overhead_messages.overhead(*each) for _, each in found])
 
     def _message(self, state: WeightsState) -> pb.FoldState:
         return pb.FoldState(

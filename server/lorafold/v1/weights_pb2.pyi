@@ -277,3 +277,91 @@ class ExportSummary(_message.Message):
     base_fingerprint: str
     delta_error: float
     def __init__(self, path: _Optional[str] = ..., files: _Optional[_Iterable[str]] = ..., tensors: _Optional[int] = ..., bytes: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., delta_error: _Optional[float] = ...) -> None: ...
+
+class MeasureOverheadRequest(_message.Message):
+    __slots__ = ("batches", "adapters", "ranks", "contexts", "precision", "max_pairs")
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    batches: _containers.RepeatedScalarFieldContainer[int]
+    adapters: _containers.RepeatedScalarFieldContainer[int]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    contexts: _containers.RepeatedScalarFieldContainer[int]
+    precision: float
+    max_pairs: int
+    def __init__(self, batches: _Optional[_Iterable[int]] = ..., adapters: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[int]] = ..., contexts: _Optional[_Iterable[int]] = ..., precision: _Optional[float] = ..., max_pairs: _Optional[int] = ...) -> None: ...
+
+class MeasureOverheadResponse(_message.Message):
+    __slots__ = ("progress", "overhead", "refusal")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    progress: OverheadProgress
+    overhead: Overhead
+    refusal: OverheadRefusal
+    def __init__(self, progress: _Optional[_Union[OverheadProgress, _Mapping]] = ..., overhead: _Optional[_Union[Overhead, _Mapping]] = ..., refusal: _Optional[_Union[OverheadRefusal, _Mapping]] = ...) -> None: ...
+
+class OverheadCell(_message.Message):
+    __slots__ = ("batch", "adapters", "rank", "context")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    batch: int
+    adapters: int
+    rank: int
+    context: int
+    def __init__(self, batch: _Optional[int] = ..., adapters: _Optional[int] = ..., rank: _Optional[int] = ..., context: _Optional[int] = ...) -> None: ...
+
+class OverheadProgress(_message.Message):
+    __slots__ = ("cell", "cells_done", "cells_total", "pairs")
+    CELL_FIELD_NUMBER: _ClassVar[int]
+    CELLS_DONE_FIELD_NUMBER: _ClassVar[int]
+    CELLS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    cell: OverheadCell
+    cells_done: int
+    cells_total: int
+    pairs: int
+    def __init__(self, cell: _Optional[_Union[OverheadCell, _Mapping]] = ..., cells_done: _Optional[int] = ..., cells_total: _Optional[int] = ..., pairs: _Optional[int] = ...) -> None: ...
+
+class OverheadRefusal(_message.Message):
+    __slots__ = ("cell", "reason")
+    CELL_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    cell: OverheadCell
+    reason: str
+    def __init__(self, cell: _Optional[_Union[OverheadCell, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Overhead(_message.Message):
+    __slots__ = ("cell", "pairs", "ratio", "low", "high", "plain_step", "unmerged_step", "measured_at")
+    CELL_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_STEP_FIELD_NUMBER: _ClassVar[int]
+    UNMERGED_STEP_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_AT_FIELD_NUMBER: _ClassVar[int]
+    cell: OverheadCell
+    pairs: int
+    ratio: float
+    low: float
+    high: float
+    plain_step: _duration_pb2.Duration
+    unmerged_step: _duration_pb2.Duration
+    measured_at: _timestamp_pb2.Timestamp
+    def __init__(self, cell: _Optional[_Union[OverheadCell, _Mapping]] = ..., pairs: _Optional[int] = ..., ratio: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., plain_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., unmerged_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., measured_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListOverheadsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListOverheadsResponse(_message.Message):
+    __slots__ = ("overheads",)
+    OVERHEADS_FIELD_NUMBER: _ClassVar[int]
+    overheads: _containers.RepeatedCompositeFieldContainer[Overhead]
+    def __init__(self, overheads: _Optional[_Iterable[_Union[Overhead, _Mapping]]] = ...) -> None: ...

@@ -65,6 +65,16 @@ class WeightsServiceStub:
                 request_serializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedRequest.SerializeToString,
                 response_deserializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedResponse.FromString,
                 _registered_method=True)
+        self.MeasureOverhead = channel.unary_stream(
+                '/lorafold.v1.WeightsService/MeasureOverhead',
+                request_serializer=lorafold_dot_v1_dot_weights__pb2.MeasureOverheadRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_weights__pb2.MeasureOverheadResponse.FromString,
+                _registered_method=True)
+        self.ListOverheads = channel.unary_unary(
+                '/lorafold.v1.WeightsService/ListOverheads',
+                request_serializer=lorafold_dot_v1_dot_weights__pb2.ListOverheadsRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_weights__pb2.ListOverheadsResponse.FromString,
+                _registered_method=True)
 
 
 class WeightsServiceServicer:
@@ -115,6 +125,23 @@ class WeightsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureOverhead(self, request, context):
+        """Times pairs of the same decode step with and without low-rank paths, on free room of the cache, and says what the
+        unmerged path costs on this model and hardware. A request that comes meanwhile waits for one such step at most. What
+        is found is in `lorafold_unmerged_overhead_ratio`, and in what `auto` decides by. One measurement at a time; a second
+        one is ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOverheads(self, request, context):
+        """What was measured since the server started, the last finding of each cell.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +174,16 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.ExportMerged,
                     request_deserializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedRequest.FromString,
                     response_serializer=lorafold_dot_v1_dot_weights__pb2.ExportMergedResponse.SerializeToString,
+            ),
+            'MeasureOverhead': grpc.unary_stream_rpc_method_handler(
+                    servicer.MeasureOverhead,
+                    request_deserializer=lorafold_dot_v1_dot_weights__pb2.MeasureOverheadRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_weights__pb2.MeasureOverheadResponse.SerializeToString,
+            ),
+            'ListOverheads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOverheads,
+                    request_deserializer=lorafold_dot_v1_dot_weights__pb2.ListOverheadsRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_weights__pb2.ListOverheadsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -312,6 +349,60 @@ class WeightsService:
             '/lorafold.v1.WeightsService/ExportMerged',
             lorafold_dot_v1_dot_weights__pb2.ExportMergedRequest.SerializeToString,
             lorafold_dot_v1_dot_weights__pb2.ExportMergedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureOverhead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorafold.v1.WeightsService/MeasureOverhead',
+            lorafold_dot_v1_dot_weights__pb2.MeasureOverheadRequest.SerializeToString,
+            lorafold_dot_v1_dot_weights__pb2.MeasureOverheadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOverheads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafold.v1.WeightsService/ListOverheads',
+            lorafold_dot_v1_dot_weights__pb2.ListOverheadsRequest.SerializeToString,
+            lorafold_dot_v1_dot_weights__pb2.ListOverheadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,14 @@ class WeightsServiceStub:
     """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
     go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
     """
+    MeasureOverhead: _grpc.UnaryStreamMultiCallable[_weights_pb2.MeasureOverheadRequest, _weights_pb2.MeasureOverheadResponse]
+    """Times pairs of the same decode step with and without low-rank paths, on free room of the cache, and says what the
+    unmerged path costs on this model and hardware. A request that comes meanwhile waits for one such step at most. What
+    is found is in `lorafold_unmerged_overhead_ratio`, and in what `auto` decides by. One measurement at a time; a second
+    one is ABORTED.
+    """
+    ListOverheads: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ListOverheadsRequest, _weights_pb2.ListOverheadsResponse]
+    """What was measured since the server started, the last finding of each cell."""
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
@@ -73,6 +81,14 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
     go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
     """
+    MeasureOverhead: _aio.UnaryStreamMultiCallable[_weights_pb2.MeasureOverheadRequest, _weights_pb2.MeasureOverheadResponse]  # type: ignore[assignment]
+    """Times pairs of the same decode step with and without low-rank paths, on free room of the cache, and says what the
+    unmerged path costs on this model and hardware. A request that comes meanwhile waits for one such step at most. What
+    is found is in `lorafold_unmerged_overhead_ratio`, and in what `auto` decides by. One measurement at a time; a second
+    one is ABORTED.
+    """
+    ListOverheads: _aio.UnaryUnaryMultiCallable[_weights_pb2.ListOverheadsRequest, _weights_pb2.ListOverheadsResponse]  # type: ignore[assignment]
+    """What was measured since the server started, the last finding of each cell."""
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at the weights and changes them by hand."""
@@ -129,5 +145,25 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         """Writes the base with the deployment's adapter in it as a plain transformers checkpoint, on the server's disk. Requests
         go on meanwhile, and nothing is folded for it. Cancelling it, or a failure, leaves nothing behind.
         """
+
+    @_abc_1.abstractmethod
+    def MeasureOverhead(
+        self,
+        request: _weights_pb2.MeasureOverheadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.MeasureOverheadResponse], _abc.AsyncIterator[_weights_pb2.MeasureOverheadResponse]]:
+        """Times pairs of the same decode step with and without low-rank paths, on free room of the cache, and says what the
+        unmerged path costs on this model and hardware. A request that comes meanwhile waits for one such step at most. What
+        is found is in `lorafold_unmerged_overhead_ratio`, and in what `auto` decides by. One measurement at a time; a second
+        one is ABORTED.
+        """
+
+    @_abc_1.abstractmethod
+    def ListOverheads(
+        self,
+        request: _weights_pb2.ListOverheadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.ListOverheadsResponse, _abc.Awaitable[_weights_pb2.ListOverheadsResponse]]:
+        """What was measured since the server started, the last finding of each cell."""
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

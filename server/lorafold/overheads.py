@@ -1,0 +1,192 @@
+"""Measures what the unmerged path costs here, and remembers what was found. Runs on the event loop."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+
+from lorafold.engine.loop import Engine
+from lorafold.engine.probe import Probe, Trial
+from lorafold.errors import InvalidField, MeasurementBusy
+from lorafold.metrics.overhead import OverheadMetrics
+from lorafold.own_thread import in_background
+from lorafold_adapters import AdapterManager
+from lorafold_adapters.binding import BoundAdapter
+from lorafold_adapters.errors import LorafoldError
+from lorafold_adapters.made_up import made_up, plain_only
+from lorafold_adapters.overhead import Cell, Overhead
+
+log = structlog.get_logger(__name__)
+SHARE = 0.015
+"""Of the engine's time that measuring takes while there are requests."""
+BURST = 16
+"""Pairs after which others are told how far it is."""
+MADE_UP = "(made up for a measurement)"
+DEFAULT_RANK = 16
+"""Where no adapter is deployed that one could go by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """What to measure: every combination of these that is possible."""
+
+    batches: Sequence[int] = ()
+    adapters: Sequence[int] = ()
+    ranks: Sequence[int] = ()
+    contexts: Sequence[int] = ()
+    precision: float = 0.04
+    """A cell is done once its interval is narrower than this share of the ratio."""
+    max_pairs: int = 200
+    """Or after so many pairs."""
+
+    def cells(self) -> list[Cell]:
+        """The combinations; no batch has more adapters than rows."""
+        return [
+            Cell(batch=batch, adapters=adapters, rank=rank, context=context)
+            for batch, adapters, rank, context in itertools.product(
+                self.batches, self.adapters, self.ranks, self.contexts
+            )
+            if adapters <= batch
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """How far a measurement is."""
+
+    cell: Cell
+    done: int
+    """Cells before this one."""
+    total: int
+    pairs: int
+    overhead: Overhead | None = None
+    """If this cell is done."""
+    at: float = 0.0
+    """When it was, in seconds since the epoch."""
+    refusal: str = ""
+    """Why this cell is left out."""
+
+
+class Overheads:
+    """What the unmerged path costs, by cell."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        manager: AdapterManager,
+        probe: Probe,
+        metrics: OverheadMetrics,
+        *,
+        max_batch: int,
+        context: int,
+    ) -> None:
+        """`max_batch`: rows of a step at most; `context`: tokens of a row at most."""
+        self._max_batch = max_batch
+        self._context = context
+        self._engine = engine
+        self._manager = manager
+        self._probe = probe
+        self._metrics = metrics
+        self._busy = asyncio.Lock()
+        self.known: dict[Cell, tuple[Overhead, float]] = {}
+        """What was found last, and when, in seconds since the epoch."""
+
+    async def grid(self, asked: Grid) -> Grid:
+        """`asked`, with what it leaves open filled in. Raises InvalidField for what cannot run here."""
+        max_batch, context = self._max_batch, self._context
+        plain = await self._engine.asked(lambda: plain_only(self._manager.adapters))
+        grid = replace(
+            asked,
+            batches=asked.batches or sorted({1, min(8, max_batch), max_batch}),
+            adapters=asked.adapters or [1, 8],
+            ranks=asked.ranks or sorted(set(plain.values()))[:3] or [DEFAULT_RANK],
+            contexts=asked.contexts or [min(128, context - 1)],
+        )
+        limits = {"batches": max_batch, "adapters": max_batch, "ranks": 1024, "contexts": context - 1}
+        for field, most in limits.items():
+            if wrong := [value for value in getattr(grid, field) if not 1 <= value <= most]:
+                raise InvalidField(field, f"{wrong[0]} is not possible here: 1 to {most} are")
+        if not grid.cells():
+            raise InvalidField("adapters", "no batch has so many rows: ask for larger batches, or fewer adapters")
+        return grid
+
+    async def measure(self, grid: Grid) -> AsyncGenerator[Step, None]:
+        """Cell by cell, beside the requests. Raises MeasurementBusy, DeviceFull, or what ends the engine."""
+        if self._busy.locked():
+            raise MeasurementBusy("another measurement runs now: wait for its end")
+        async with self._busy:
+            cells = grid.cells()
+            for done, cell in enumerate(cells):
+                try:
+                    async with self._adapters(cell) as names:
+                        async for step in self._cell(Trial(cell=cell, names=names), grid, done, len(cells)):
+                            yield step
+                except LorafoldError as error:
+                    yield Step(cell=cell, done=done, total=len(cells), pairs=0, refusal=str(error))
+
+    async def _cell(self, trial: Trial, grid: Grid, done: int, total: int) -> AsyncIterator[Step]:
+        cell, found = trial.cell, None
+        while found is None or (found.width > grid.precision and found.pairs < grid.max_pairs):
+            room = await self._burst(trial, min(grid.max_pairs, trial.pairs.count + BURST))
+            if not room:
+                told = "the cache has no room for it now: ask for less, or raise engine.kv_memory_gib"
+                yield Step(cell=cell, done=done, total=total, pairs=0, refusal=told)
+                return
+            if trial.pairs.count:
+                found = trial.pairs.found()
+                yield Step(cell=cell, done=done, total=total, pairs=found.pairs)
+        now = time.time()
+        self.known[cell] = found, now
+        self._metrics.found(found)
+        self._engine.call(lambda: self._engine.weights.costs.measured(found))
+        log.info("unmerged path measured", cell=cell, ratio=round(found.ratio, 3), pairs=found.pairs)
+        yield Step(cell=cell, done=done, total=total, pairs=found.pairs, overhead=found, at=now)
+
+    async def _burst(self, trial: Trial, pairs: int) -> bool:
+        """Some more steps; beside requests a single one, and then nothing for a while."""
+        before = trial.seconds
+
+        def run() -> tuple[bool, bool]:
+            alone = self._engine.idle
+            return alone, self._probe.run(trial, pairs, self._engine.wanted, alone=alone)
+
+        alone, room = await self._engine.asked(run)
+        self._metrics.ran(trial.seconds - before)
+        if not alone:
+            await asyncio.sleep((trial.seconds - before) / SHARE)
+        return room
+
+    @asynccontextmanager
+    async def _adapters(self, cell: Cell) -> AsyncIterator[list[str]]:
+        """Digests of as many adapters of that rank as the cell has: deployed ones, and made up ones for the rest."""
+        loaded = await self._engine.asked(lambda: self._manager.adapters)
+        names = [name for name, rank in plain_only(loaded).items() if rank == cell.rank][: cell.adapters]
+        like = next((loaded[name] for name in names or plain_only(loaded)), None)
+        missing = made_up_for(self._manager, cell, like, names)
+        taken: list[BoundAdapter] = []
+        try:
+            for bound in missing:
+                await self._acquire(bound)
+                taken.append(bound)
+            yield [*names, *(bound.digest for bound in taken)]
+        finally:
+            for bound in taken:
+                self._engine.call(
+                    lambda digest=bound.digest: self._engine.residents.release(digest, MADE_UP, pinned=True)  # type: ignore[misc]
+                )
+
+    async def _acquire(self, bound: BoundAdapter) -> None:
+        staged = await in_background(self._manager.stage, bound)
+        await self._engine.asked(lambda: self._engine.residents.acquire(bound, MADE_UP, staged=staged, pinned=True))
+
+
+def made_up_for(
+    manager: AdapterManager, cell: Cell, like: BoundAdapter | None, names: Sequence[str]
+) -> Iterator[BoundAdapter]:
+    """The adapters that are lacking, one at a time."""
+    for seed in range(cell.adapters - len(names)):
+        yield made_up(manager.model, cell.rank, seed, like)
