@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lorafold.client import ServerError, translated
+from lorafold.v1 import deployment_pb2
 from lorafold.v1 import weights_pb2 as pb
 from tests.conftest import RunningServer, demo_config, metric, serving
 from tests.processes import lorafold
@@ -60,7 +61,7 @@ def test_requests_beside_it_get_the_same_answers(own: RunningServer) -> None:
     before = {name: own.client.generate("Hello World", deployment=name).token_ids for name in names}
     assert len({tuple(ids) for ids in before.values()}) > 2
     endless = own.client.stubs.weights.MeasureOverhead(
-        pb.MeasureOverheadRequest(**QUICK, max_pairs=10_000, precision=1e-6)
+        pb.MeasureOverheadRequest(**QUICK, max_pairs=1000, precision=1e-6)
     )
     next(endless)
     with ThreadPoolExecutor(4) as pool:
@@ -74,7 +75,7 @@ def test_requests_beside_it_get_the_same_answers(own: RunningServer) -> None:
 def test_one_measures_at_a_time_and_hanging_up_ends_it(own: RunningServer, until: Callable[..., None]) -> None:
     before = adapters_on_device(own)
     endless = own.client.stubs.weights.MeasureOverhead(
-        pb.MeasureOverheadRequest(**{**QUICK, "ranks": [48]}, max_pairs=10_000, precision=1e-6)
+        pb.MeasureOverheadRequest(**{**QUICK, "ranks": [48]}, max_pairs=1000, precision=1e-6)
     )
     next(endless)
     assert adapters_on_device(own) == before + 2
@@ -141,3 +142,43 @@ def test_the_command_tells_it_in_words(own: RunningServer) -> None:
     wrong = lorafold("bench", "overhead", "--server", own.address, "--batches", "1,x")
     assert wrong.returncode == 2
     assert "is no list of numbers, such as 1,8,32" in wrong.stderr
+
+
+def test_advice_goes_by_what_was_measured_and_who_came() -> None:
+    with serving(demo_config()) as fresh:
+        advise = fresh.client.stubs.deployments.AdviseDeployment
+        unknown = advise(deployment_pb2.AdviseDeploymentRequest(name="rot13"))
+        assert unknown.policy == deployment_pb2.POLICY_AUTO
+        assert "lorafold bench overhead" in unknown.lines[1]
+        measured(fresh, batches=[1, 8], adapters=[1], max_pairs=32)
+        for _ in range(12):
+            fresh.client.generate("Hello World, hello", deployment="rot13")
+        alone = advise(deployment_pb2.AdviseDeploymentRequest(name="rot13"))
+        assert alone.alone == 1.0
+        assert alone.moments > 100
+        assert alone.overhead_ratio > 0.9
+        free = alone.overhead_ratio < 1.02
+        assert alone.policy == (deployment_pb2.POLICY_UNMERGED if free else deployment_pb2.POLICY_MERGED)
+        said = lorafold("advise", "rot13", "--address", fresh.address).stdout.splitlines()
+        assert len(said) == 3
+        assert said[0].startswith("Serve 'rot13' ")
+        with pytest.raises(ServerError) as refused, translated():
+            advise(deployment_pb2.AdviseDeploymentRequest(name="nobody"))
+        assert refused.value.code == "NOT_FOUND"
+
+
+def test_idle_moments_are_used_if_that_is_configured(until: Callable[..., None]) -> None:
+    with serving(demo_config(probe={"every_minutes": 60}, engine={"max_batch": 2, "max_context": 64})) as idle:
+        rank = 'rank="8"'
+        line = f'lorafold_unmerged_overhead_ratio{{adapters="1",batch="2",context="63",{rank}}}'
+        until(lambda: metric(idle, line) > 0)
+        assert adapters_on_device(idle) == 5, "nothing is made up for it"
+        assert idle.client.generate("Hello", deployment="rot13").text == "Uryyb"
+        assert measured(idle, **QUICK, max_pairs=16)[-1].HasField("overhead"), "who asks is not kept waiting"
+
+
+def test_nothing_is_measured_unless_asked_for(own: RunningServer) -> None:
+    with serving(demo_config()) as idle:
+        idle.client.generate("Hello", deployment="rot13")
+        assert not idle.client.stubs.weights.ListOverheads(pb.ListOverheadsRequest()).overheads
+        assert metric(idle, "lorafold_probe_seconds_total") == 0

@@ -15,6 +15,7 @@ from lorafold.changes import Changes
 from lorafold.config import Config, state_path
 from lorafold.declared import bring_up
 from lorafold.errors import ConfigError
+from lorafold.evidence import Witness
 from lorafold.exports import Exports
 from lorafold.metrics import Metrics
 from lorafold.metrics.calls import CallCounter
@@ -64,6 +65,8 @@ class App:
         self._told: float | None = None
         """When it was first told to stop."""
         self._watch = asyncio.create_task(self._watch_engine())
+        every = parts.config.probe.every_minutes
+        self._probing = None if every is None else asyncio.create_task(parts.overheads.in_idle_moments(60 * every))
 
     async def listen(self) -> None:
         """Opens the ports. Raises ConfigError if one cannot be had."""
@@ -89,6 +92,8 @@ class App:
         self._told = time.monotonic() if self._told is None else self._told
         until = time.monotonic() + grace
         self._in_flight.close()
+        if self._probing is not None:
+            self._probing.cancel()
         await self._health.enter_graceful_shutdown()
         self.parts.engine.wind_down()
         if not await self._in_flight.emptied(grace):
@@ -185,7 +190,8 @@ def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     builder = RequestBuilder(parts.base, parts.config.engine)
     generation = GenerationService(parts.engine, parts.deployments, builder, parts.metrics, in_flight)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
-    names = DeploymentService(parts.deployments, Changes(parts.deployments), in_flight)
+    witness = Witness(parts.deployments, parts.engine, parts.overheads)
+    names = DeploymentService(parts.deployments, Changes(parts.deployments), witness, in_flight)
     deployment_pb2_grpc.add_DeploymentServiceServicer_to_server(names, server)
     exports = Exports(parts.manager, parts.engine, parts.deployments, parts.base.tokenizer, parts.config)
     weights = WeightsService(

@@ -139,6 +139,13 @@ class MetricsConfig(Section):
     """Deployments that have a label of their own, those that are asked for first; the rest is `other`."""
 
 
+class ProbeConfig(Section):
+    """`[probe]`: what the unmerged path costs, measured without being asked."""
+
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """While nobody has requests: measure what is older than that; never unless given."""
+
+
 class IdentityConfig(Section):
     """`[identity]`: which base an adapter was trained on, as its stamp says."""
 
@@ -244,6 +251,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     residency: ResidencyConfig = ResidencyConfig()
     metrics: MetricsConfig = MetricsConfig()
+    probe: ProbeConfig = ProbeConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()
     deployments: list[DeploymentConfig] = []

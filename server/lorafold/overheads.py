@@ -1,6 +1,7 @@
 """Measures what the unmerged path costs here, and remembers what was found. Runs on the event loop."""
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -11,12 +12,12 @@ import structlog
 
 from lorafold.engine.loop import Engine
 from lorafold.engine.probe import Probe, Trial
-from lorafold.errors import InvalidField, MeasurementBusy
+from lorafold.errors import EngineStopped, InvalidField, MeasurementBusy
 from lorafold.metrics.overhead import OverheadMetrics
 from lorafold.own_thread import in_background
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.errors import LorafoldError
+from lorafold_adapters.errors import AdapterNotLoaded, LorafoldError
 from lorafold_adapters.made_up import made_up, plain_only
 from lorafold_adapters.overhead import Cell, Overhead
 
@@ -25,6 +26,8 @@ SHARE = 0.015
 """Of the engine's time that measuring takes while there are requests."""
 BURST = 16
 """Pairs after which others are told how far it is."""
+REST, LOOK = 0.2, 5.0
+"""Seconds between bursts in idle moments, and between looks at what has become too old."""
 MADE_UP = "(made up for a measurement)"
 DEFAULT_RANK = 16
 """Where no adapter is deployed that one could go by."""
@@ -102,7 +105,7 @@ class Overheads:
         grid = replace(
             asked,
             batches=asked.batches or sorted({1, min(8, max_batch), max_batch}),
-            adapters=asked.adapters or [1, 8],
+            adapters=asked.adapters or [count for count in (1, 8) if count <= max_batch],
             ranks=asked.ranks or sorted(set(plain.values()))[:3] or [DEFAULT_RANK],
             contexts=asked.contexts or [min(128, context - 1)],
         )
@@ -125,33 +128,73 @@ class Overheads:
                     async with self._adapters(cell) as names:
                         async for step in self._cell(Trial(cell=cell, names=names), grid, done, len(cells)):
                             yield step
+                except EngineStopped:
+                    raise
                 except LorafoldError as error:
                     yield Step(cell=cell, done=done, total=len(cells), pairs=0, refusal=str(error))
 
     async def _cell(self, trial: Trial, grid: Grid, done: int, total: int) -> AsyncIterator[Step]:
         cell, found = trial.cell, None
         while found is None or (found.width > grid.precision and found.pairs < grid.max_pairs):
-            room = await self._burst(trial, min(grid.max_pairs, trial.pairs.count + BURST))
-            if not room:
+            if not await self._burst(trial, min(grid.max_pairs, trial.pairs.count + BURST)):
                 told = "the cache has no room for it now: ask for less, or raise engine.kv_memory_gib"
                 yield Step(cell=cell, done=done, total=total, pairs=0, refusal=told)
                 return
             if trial.pairs.count:
-                found = trial.pairs.found()
+                found = await in_background(trial.pairs.found)
                 yield Step(cell=cell, done=done, total=total, pairs=found.pairs)
+        at = self._learn(found)
+        yield Step(cell=cell, done=done, total=total, pairs=found.pairs, overhead=found, at=at)
+
+    async def in_idle_moments(self, every: float) -> None:
+        """Measures what is older than `every` seconds, on deployed adapters, while nobody has requests.
+
+        Ends with the engine.
+        """
+        with contextlib.suppress(EngineStopped):
+            while True:
+                grid = await self.grid(Grid())
+                for cell in grid.cells():
+                    names, _ = await self._deployed(cell)
+                    known = self.known.get(cell)
+                    if len(names) == cell.adapters and (known is None or time.time() - known[1] > every):
+                        await self._idly(Trial(cell=cell, names=names), grid)
+                await asyncio.sleep(min(every, LOOK))
+
+    async def _idly(self, trial: Trial, grid: Grid) -> None:
+        """One cell, however long it takes; given up if the cache has no room, or its adapters leave the device."""
+        while trial.pairs.count < grid.max_pairs:
+            if not self._busy.locked():
+                try:
+                    if not await self._burst(trial, trial.pairs.count + BURST, only_alone=True):
+                        return
+                except AdapterNotLoaded:
+                    return
+                if trial.pairs.count and (await in_background(trial.pairs.found)).width <= grid.precision:
+                    break
+            await asyncio.sleep(REST)
+        self._learn(await in_background(trial.pairs.found))
+
+    def _learn(self, found: Overhead) -> float:
+        """Remembers what was found, and tells everybody; when, in seconds since the epoch."""
         now = time.time()
-        self.known[cell] = found, now
+        self.known[found.cell] = found, now
         self._metrics.found(found)
         self._engine.call(lambda: self._engine.weights.costs.measured(found))
-        log.info("unmerged path measured", cell=cell, ratio=round(found.ratio, 3), pairs=found.pairs)
-        yield Step(cell=cell, done=done, total=total, pairs=found.pairs, overhead=found, at=now)
+        log.info("unmerged path measured", cell=found.cell, ratio=round(found.ratio, 3), pairs=found.pairs)
+        return now
 
-    async def _burst(self, trial: Trial, pairs: int) -> bool:
-        """Some more steps; beside requests a single one, and then nothing for a while."""
+    async def _burst(self, trial: Trial, pairs: int, *, only_alone: bool = False) -> bool:
+        """Some more steps; beside requests none if `only_alone`, or else a single one, and then nothing for a while.
+
+        False if the cache has no room.
+        """
         before = trial.seconds
 
         def run() -> tuple[bool, bool]:
             alone = self._engine.idle
+            if only_alone and not alone:
+                return True, True
             return alone, self._probe.run(trial, pairs, self._engine.wanted, alone=alone)
 
         alone, room = await self._engine.asked(run)
@@ -160,12 +203,17 @@ class Overheads:
             await asyncio.sleep((trial.seconds - before) / SHARE)
         return room
 
+    async def _deployed(self, cell: Cell) -> tuple[list[str], BoundAdapter | None]:
+        """Digests of adapters of that rank on the device, as many as the cell has at most; one to go by for others."""
+        loaded = await self._engine.asked(lambda: self._manager.adapters)
+        plain = plain_only(loaded)
+        names = [name for name, rank in plain.items() if rank == cell.rank][: cell.adapters]
+        return names, next((loaded[name] for name in names or plain), None)
+
     @asynccontextmanager
     async def _adapters(self, cell: Cell) -> AsyncIterator[list[str]]:
         """Digests of as many adapters of that rank as the cell has: deployed ones, and made up ones for the rest."""
-        loaded = await self._engine.asked(lambda: self._manager.adapters)
-        names = [name for name, rank in plain_only(loaded).items() if rank == cell.rank][: cell.adapters]
-        like = next((loaded[name] for name in names or plain_only(loaded)), None)
+        names, like = await self._deployed(cell)
         missing = made_up_for(self._manager, cell, like, names)
         taken: list[BoundAdapter] = []
         try:

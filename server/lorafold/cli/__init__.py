@@ -5,6 +5,7 @@ import sys
 
 import click
 
+from lorafold.cli.advise import advise
 from lorafold.cli.bench import bench
 from lorafold.cli.completion import completion
 from lorafold.cli.demo import demo
@@ -24,7 +25,7 @@ def cli() -> None:
     """Serves LoRA adapters: folded into the weights, or beside them, on one base model."""
 
 
-for command in (serve, generate, deployments, weights, status, bench, inspect, stamp, export, demo, completion):
+for command in (serve, generate, deployments, weights, status, bench, advise, inspect, stamp, export, demo, completion):
     cli.add_command(command)
 
 

@@ -23,6 +23,7 @@ from lorafold.engine.scheduler import Scheduler
 from lorafold.engine.step_clock import StepClock
 from lorafold.engine.stepper import Stepper
 from lorafold.engine.tracker import Tracker
+from lorafold.engine.traffic import Traffic
 from lorafold.engine.weights import TurnFailed, WeightsControl
 from lorafold.engine.weights_state import WeightsState
 from lorafold.errors import BaseReloading, EngineStopped
@@ -58,6 +59,8 @@ class Engine:
         self.weights = weights
         """Only for functions handed to `call`."""
         self.residents = residents
+        """Likewise."""
+        self.traffic = Traffic()
         """Likewise."""
         residents.connect(changed=scheduler.refresh, give_back=weights.give_back)
         self._scheduler = scheduler
@@ -244,6 +247,7 @@ class Engine:
             self.weights.pause()
             return
         start = self._count_waits()
+        self.traffic.note(ready, start)
         plan = self.weights.plan(ready, self._scheduler.max_batch, start, draining=self._drains.active)
         if self.weights.needs_change(plan) and not self._changed(plan):
             return

@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
+from lorafold.advice import advise
 from lorafold.changes import Changes
 from lorafold.deployments import Deployments
+from lorafold.evidence import Witness
 from lorafold.progress import Progress
-from lorafold.services.deployment_messages import change_of, message_of, progress_of, wanted_of
+from lorafold.services.deployment_messages import POLICIES, change_of, message_of, progress_of, wanted_of
 from lorafold.services.fields import refuse_unknown_fields, required
 from lorafold.services.in_flight import InFlight
 from lorafold.services.status import translated
@@ -24,7 +26,8 @@ DEFAULT_PAGE, MAX_PAGE = 50, 1000
 class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
     """Translates. Changes go on to their end even if the caller hangs up."""
 
-    def __init__(self, deployments: Deployments, changes: Changes, in_flight: InFlight) -> None:
+    def __init__(self, deployments: Deployments, changes: Changes, witness: Witness, in_flight: InFlight) -> None:
+        self._witness = witness
         self._in_flight = in_flight
         self._deployments = deployments
         self._changes = changes
@@ -104,6 +107,22 @@ class DeploymentService(deployment_pb2_grpc.DeploymentServiceServicer):
             refuse_unknown_fields(request)
             await asyncio.shield(self._kept(self._changes.delete(request.name, request.etag)))
             return pb.DeleteDeploymentResponse()
+
+    async def AdviseDeployment(
+        self, request: pb.AdviseDeploymentRequest, context: Context
+    ) -> pb.AdviseDeploymentResponse:
+        """Which policy would suit it."""
+        async with translated(context):
+            refuse_unknown_fields(request)
+            known = await self._witness.evidence(request.name)
+            advice = advise(known)
+            return pb.AdviseDeploymentResponse(
+                policy=POLICIES[advice.policy],
+                lines=advice.lines,
+                moments=known.moments,
+                alone=known.alone,
+                overhead_ratio=None if known.overhead is None else known.overhead.ratio,
+            )
 
     def _kept(self, change: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """A task that goes on if nobody waits for it any more."""

@@ -8,7 +8,7 @@ from lorafold.services.events import duration
 from lorafold.v1 import weights_pb2 as pb
 from lorafold_adapters.overhead import Cell, Overhead
 
-MOST_PAIRS = 10_000
+MOST_PAIRS = 1000
 
 
 def grid(request: pb.MeasureOverheadRequest) -> Grid:

@@ -266,3 +266,23 @@ class DeleteDeploymentRequest(_message.Message):
 class DeleteDeploymentResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class AdviseDeploymentRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class AdviseDeploymentResponse(_message.Message):
+    __slots__ = ("policy", "lines", "moments", "alone", "overhead_ratio")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_RATIO_FIELD_NUMBER: _ClassVar[int]
+    policy: Policy
+    lines: _containers.RepeatedScalarFieldContainer[str]
+    moments: int
+    alone: float
+    overhead_ratio: float
+    def __init__(self, policy: _Optional[_Union[Policy, str]] = ..., lines: _Optional[_Iterable[str]] = ..., moments: _Optional[int] = ..., alone: _Optional[float] = ..., overhead_ratio: _Optional[float] = ...) -> None: ...

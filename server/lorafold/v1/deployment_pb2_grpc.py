@@ -70,6 +70,11 @@ class DeploymentServiceStub:
                 request_serializer=lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentRequest.SerializeToString,
                 response_deserializer=lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentResponse.FromString,
                 _registered_method=True)
+        self.AdviseDeployment = channel.unary_unary(
+                '/lorafold.v1.DeploymentService/AdviseDeployment',
+                request_serializer=lorafold_dot_v1_dot_deployment__pb2.AdviseDeploymentRequest.SerializeToString,
+                response_deserializer=lorafold_dot_v1_dot_deployment__pb2.AdviseDeploymentResponse.FromString,
+                _registered_method=True)
 
 
 class DeploymentServiceServicer:
@@ -126,6 +131,14 @@ class DeploymentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdviseDeployment(self, request, context):
+        """Says which policy would suit the deployment, from the traffic of the last minutes, from what the unmerged path was
+        measured to cost (`WeightsService.MeasureOverhead`), and from what a fold keeps of the adapter. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeploymentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +176,11 @@ def add_DeploymentServiceServicer_to_server(servicer, server):
                     servicer.DeleteDeployment,
                     request_deserializer=lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentRequest.FromString,
                     response_serializer=lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentResponse.SerializeToString,
+            ),
+            'AdviseDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdviseDeployment,
+                    request_deserializer=lorafold_dot_v1_dot_deployment__pb2.AdviseDeploymentRequest.FromString,
+                    response_serializer=lorafold_dot_v1_dot_deployment__pb2.AdviseDeploymentResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -355,6 +373,33 @@ class DeploymentService:
             '/lorafold.v1.DeploymentService/DeleteDeployment',
             lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentRequest.SerializeToString,
             lorafold_dot_v1_dot_deployment__pb2.DeleteDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdviseDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorafold.v1.DeploymentService/AdviseDeployment',
+            lorafold_dot_v1_dot_deployment__pb2.AdviseDeploymentRequest.SerializeToString,
+            lorafold_dot_v1_dot_deployment__pb2.AdviseDeploymentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class DeploymentServiceStub:
     """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
     deployment points at it. If the caller's deadline passes before that, the deletion goes on.
     """
+    AdviseDeployment: _grpc.UnaryUnaryMultiCallable[_deployment_pb2.AdviseDeploymentRequest, _deployment_pb2.AdviseDeploymentResponse]
+    """Says which policy would suit the deployment, from the traffic of the last minutes, from what the unmerged path was
+    measured to cost (`WeightsService.MeasureOverhead`), and from what a fold keeps of the adapter. Changes nothing.
+    """
 
 @_typing.type_check_only
 class DeploymentServiceAsyncStub(DeploymentServiceStub):
@@ -74,6 +78,10 @@ class DeploymentServiceAsyncStub(DeploymentServiceStub):
     DeleteDeployment: _aio.UnaryUnaryMultiCallable[_deployment_pb2.DeleteDeploymentRequest, _deployment_pb2.DeleteDeploymentResponse]  # type: ignore[assignment]
     """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
     deployment points at it. If the caller's deadline passes before that, the deletion goes on.
+    """
+    AdviseDeployment: _aio.UnaryUnaryMultiCallable[_deployment_pb2.AdviseDeploymentRequest, _deployment_pb2.AdviseDeploymentResponse]  # type: ignore[assignment]
+    """Says which policy would suit the deployment, from the traffic of the last minutes, from what the unmerged path was
+    measured to cost (`WeightsService.MeasureOverhead`), and from what a fold keeps of the adapter. Changes nothing.
     """
 
 class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -137,6 +145,16 @@ class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_deployment_pb2.DeleteDeploymentResponse, _abc.Awaitable[_deployment_pb2.DeleteDeploymentResponse]]:
         """Removes the name. Requests in flight finish; returns when the adapter has left the device, or at once if another
         deployment points at it. If the caller's deadline passes before that, the deletion goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def AdviseDeployment(
+        self,
+        request: _deployment_pb2.AdviseDeploymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployment_pb2.AdviseDeploymentResponse, _abc.Awaitable[_deployment_pb2.AdviseDeploymentResponse]]:
+        """Says which policy would suit the deployment, from the traffic of the last minutes, from what the unmerged path was
+        measured to cost (`WeightsService.MeasureOverhead`), and from what a fold keeps of the adapter. Changes nothing.
         """
 
 def add_DeploymentServiceServicer_to_server(servicer: DeploymentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
