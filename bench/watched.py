@@ -21,8 +21,8 @@ from lorafold_adapters.policy import Mode
 class Watched(Metrics):
     """The server's metrics, that keep a timeline too. Told on the engine's thread."""
 
-    def __init__(self, registry: CollectorRegistry, deployments: int = DEPLOYMENTS) -> None:
-        super().__init__(registry, deployments)
+    def __init__(self, registry: CollectorRegistry, deployments: int = DEPLOYMENTS, *, vllm_model: str = "") -> None:
+        super().__init__(registry, deployments, vllm_model=vllm_model)
         self.timeline = Timeline()
 
     def begin(self) -> Timeline:

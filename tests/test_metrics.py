@@ -37,7 +37,7 @@ def value(server: RunningServer, sample: str, **labels: str) -> float:
 @pytest.fixture(scope="module")
 def used() -> Iterator[RunningServer]:
     """A server that has done a bit of everything."""
-    with serving(demo_config()) as running:
+    with serving(demo_config(metrics={"compat": "vllm"})) as running:
         for name in ("base", "upper", "rot13", "shift", "swapcase", "vowels"):
             running.client.generate("Hello", deployment=name)
         running.client.stubs.weights.MergeAdapter(weights_pb2.MergeAdapterRequest(deployment="rot13"))

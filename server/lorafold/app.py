@@ -9,7 +9,6 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from lorafold.changes import Changes
 from lorafold.config import Config, state_path
@@ -17,9 +16,9 @@ from lorafold.declared import bring_up
 from lorafold.errors import ConfigError
 from lorafold.evidence import Witness
 from lorafold.exports import Exports
-from lorafold.metrics import Metrics
 from lorafold.metrics.calls import CallCounter
 from lorafold.own_thread import in_own_thread
+from lorafold.pages import serve_pages
 from lorafold.parts import SERVICES, Parts, Say, load_parts, set_health
 from lorafold.recipes import folders_of
 from lorafold.reconcile import reconcile
@@ -73,7 +72,7 @@ class App:
         server = self.parts.config.server
         host = server.address.rpartition(":")[0]
         try:
-            self.metrics_address, self._stop_metrics = serve_metrics(server.metrics_address, self.parts.metrics)
+            self.metrics_address, self._stop_metrics = serve_pages(server.metrics_address, self.parts.metrics.registry)
             self.address = f"{host}:{self._server.add_insecure_port(server.address)}"
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot listen on {server.address} and {server.metrics_address}: {error}") from error
@@ -201,16 +200,3 @@ def make_server(parts: Parts, in_flight: InFlight) -> grpc.aio.Server:
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server
-
-
-def serve_metrics(address: str, metrics: Metrics) -> tuple[str, Callable[[], None]]:
-    """Starts the /metrics port; returns its address and what ends it. Raises OSError or ValueError."""
-    host, _, port = address.rpartition(":")
-    http, thread = start_http_server(int(port), host, registry=metrics.registry)
-
-    def stop() -> None:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-    return f"{host}:{http.server_port}", stop

@@ -63,7 +63,7 @@ class ServerConfig(Section):
     address: Address = "127.0.0.1:50051"
     """gRPC. A port of 0 takes a free one."""
     metrics_address: Address = "127.0.0.1:9464"
-    """Prometheus, at /metrics."""
+    """Prometheus, at /metrics, and a page for people, at /."""
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     """After SIGTERM: how long requests in flight may take to finish."""
     export_folder: str | None = None
@@ -135,6 +135,8 @@ class ResidencyConfig(Section):
 class MetricsConfig(Section):
     """`[metrics]`: what Prometheus is told; where is `server.metrics_address`."""
 
+    compat: Literal["none", "vllm"] = "none"
+    """`vllm`: count under vLLM's names too, for its Grafana dashboard and for llm-d's endpoint picker."""
     deployments: Annotated[int, Field(ge=0)] = 30
     """Deployments that have a label of their own, those that are asked for first; the rest is `other`."""
 

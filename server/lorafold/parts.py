@@ -19,6 +19,7 @@ from lorafold.engine.step_clock import clock_for
 from lorafold.engine_parts import Cache, make_cache, make_engine
 from lorafold.errors import ConfigError
 from lorafold.metrics import Metrics
+from lorafold.metrics.vllm import VllmAdapters
 from lorafold.model import LoadedBase, load_base, load_model, load_weights
 from lorafold.overheads import Overheads
 from lorafold.own_thread import in_own_thread
@@ -33,6 +34,8 @@ from lorafold_adapters.identity import fingerprint, quantised_from
 from lorafold_adapters.stand_ins import FoldOptions
 
 T = TypeVar("T")
+SCRAPE_PATIENCE = 1.0
+"""Seconds that a scrape waits for a step of the engine to end."""
 Say = Callable[[str], None]
 SERVICES = (
     "lorafold.v1.GenerationService",
@@ -63,7 +66,9 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
     base, manager, entry = await load_manager(config, path, say)
     pool, runner = await load_cache(config.engine, base, manager, say)
     base = replace(base, context=min(base.context, pool.tokens))
-    metrics = Metrics(CollectorRegistry(), config.metrics.deployments)
+    metrics = make_metrics(config)
+    device, dtype = str(base.model.device), str(base.model.dtype).removeprefix("torch.")
+    metrics.engine.serving(model=config.base.model, base=manager.base.digest, dtype=dtype, device=device)
     loop = asyncio.get_running_loop()
     died: asyncio.Future[BaseException | None] = loop.create_future()
     health_servicer = health.aio.HealthServicer()
@@ -78,6 +83,13 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
         on_death=lambda why: loop.call_soon_threadsafe(died.set_result, why),
         on_health=lambda whole: asyncio.run_coroutine_threadsafe(set_health(health_servicer, whole), loop),
     )
+    if metrics.vllm is not None:
+        VllmAdapters(
+            metrics.registry,
+            queued=lambda: engine.queued().result(SCRAPE_PATIENCE),
+            names=metrics.deployments.pointing_at,
+            slots=config.residency.device_slots,
+        )
     stamps = StampCheck(manager, engine, config.identity.unstamped, entry.write)
     reader = Reader(manager, engine, stamps, config.folder)
     return Parts(
@@ -98,6 +110,13 @@ async def load_parts(config: Config, file: StateFile, say: Say) -> Parts:
         health=health_servicer,
         died=died,
     )
+
+
+def make_metrics(config: Config) -> Metrics:
+    """On a registry of their own."""
+    declared = config.metrics
+    model = config.base.model if declared.compat == "vllm" else ""
+    return Metrics(CollectorRegistry(), declared.deployments, vllm_model=model)
 
 
 async def load_manager(config: Config, path: str, say: Say) -> tuple[LoadedBase, AdapterManager, CacheEntry]:

@@ -12,7 +12,9 @@ from lorafold.metrics.engine import EngineMetrics
 from lorafold.metrics.labels import Names
 from lorafold.metrics.overhead import OverheadMetrics
 from lorafold.metrics.requests import RequestMetrics
+from lorafold.metrics.vllm import VllmMetrics
 from lorafold.metrics.weights import WeightsMetrics
+from lorafold.requests import Finished, Request
 from lorafold_adapters.policy import Mode, Plan
 
 DEPLOYMENTS = MetricsConfig().deployments
@@ -21,14 +23,15 @@ DEPLOYMENTS = MetricsConfig().deployments
 class Metrics:
     """Everything that the server counts. Implements `Observer` and `WeightsObserver` of the engine."""
 
-    def __init__(self, registry: CollectorRegistry, deployments: int = DEPLOYMENTS) -> None:
-        """`deployments`: how many have a label of their own."""
+    def __init__(self, registry: CollectorRegistry, deployments: int = DEPLOYMENTS, *, vllm_model: str = "") -> None:
+        """`deployments`: how many have a label of their own. `vllm_model`: counted under vLLM's names too, as that."""
         self.registry = registry
         self._names = Names(deployments)
         self.requests = RequestMetrics(registry, self._names)
         self.engine = EngineMetrics(registry)
         self.weights = WeightsMetrics(registry)
         self.adapters = AdapterMetrics(registry)
+        self.vllm = VllmMetrics(registry, vllm_model) if vllm_model else None
         self.overhead = OverheadMetrics(registry)
         self.calls = CallMetrics(registry)
         self.deployments = DeploymentMetrics(registry, self._names)
@@ -40,14 +43,26 @@ class Metrics:
     def tokens(self, deployment: str, mode: Mode, *, prompt: int, answer: int) -> None:
         """So many tokens of prompts were read, and of answers generated."""
         self.requests.tokens(deployment, mode, prompt=prompt, answer=answer)
+        if self.vllm is not None:
+            self.vllm.tokens(prompt=prompt, answer=answer)
 
     def token(self, deployment: str, mode: Mode, seconds: float, *, first: bool) -> None:
         """A completion got a token."""
         self.requests.token(deployment, mode, seconds, first=first)
+        if self.vllm is not None:
+            self.vllm.token(seconds, first=first)
+
+    def completed(self, request: Request, event: Finished) -> None:
+        """A completion ended well."""
+        self.requests.completed(request.deployment, event.provenance.mode, event.timings)
+        if self.vllm is not None:
+            self.vllm.completed(request, event)
 
     def load(self, load: Load) -> None:
         """What there is to do now."""
         self.engine.load(load)
+        if self.vllm is not None:
+            self.vllm.load(load)
 
     def places(self, places: Places) -> None:
         """Where adapters are now."""

@@ -67,6 +67,10 @@ class DeploymentMetrics(Collector):
         """A deployment is there, or points at something else."""
         self._deployed[name] = what
 
+    def pointing_at(self, adapter: str) -> list[str]:
+        """Names of the deployments of one adapter. Any thread may ask."""
+        return [name for name, what in self._deployed.copy().items() if what.adapter == adapter]
+
     def forget(self, name: str) -> None:
         """It was deleted."""
         self._deployed.pop(name, None)

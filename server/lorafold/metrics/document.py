@@ -11,6 +11,7 @@ from lorafold.metrics.engine import EngineMetrics
 from lorafold.metrics.labels import LATENCY_BUCKETS, STEP_BUCKETS, Names
 from lorafold.metrics.overhead import OverheadMetrics
 from lorafold.metrics.requests import RequestMetrics
+from lorafold.metrics.vllm import VllmAdapters, VllmMetrics
 from lorafold.metrics.weights import WeightsMetrics
 
 SECTIONS: dict[str, Callable[[CollectorRegistry], object]] = {
@@ -21,6 +22,10 @@ SECTIONS: dict[str, Callable[[CollectorRegistry], object]] = {
     "Deployments": lambda registry: DeploymentMetrics(registry, Names(0)),
     "What the unmerged path costs": OverheadMetrics,
     "gRPC": CallMetrics,
+    'With `compat = "vllm"` in `[metrics]`': lambda registry: (
+        VllmMetrics(registry, "model"),
+        VllmAdapters(registry, queued=dict, names=lambda _: [], slots=1),
+    ),
 }
 INTRODUCTION = f"""# Metrics
 

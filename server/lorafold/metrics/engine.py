@@ -1,9 +1,11 @@
 """What the engine does: steps, rows, cache."""
 
+from importlib.metadata import version
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lorafold.engine.observer import Load, Phase
-from lorafold.metrics.labels import STEP_BUCKETS
+from lorafold.metrics.labels import STEP_BUCKETS, short
 from lorafold_adapters.policy import Mode
 
 
@@ -11,6 +13,12 @@ class EngineMetrics:
     """Steps of the model, and what waits for them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._server = Gauge(
+            "lorafold_server_info",
+            "1 for what is served: the base as it is named, the first 12 characters of its fingerprint, its dtype.",
+            ["model", "base", "dtype", "device", "version"],
+            registry=registry,
+        )
         self._step = Histogram(
             "lorafold_step_seconds",
             "One forward step and the choice of its tokens: `decode`, or `prefill` if any row in it reads its prompt. "
@@ -32,6 +40,10 @@ class EngineMetrics:
             "How often a completion gave up its room in the cache for others.",
             registry=registry,
         )
+
+    def serving(self, *, model: str, base: str, dtype: str, device: str) -> None:
+        """What is served, from now on. `base`: its fingerprint."""
+        self._server.labels(model, short(base), dtype, device, version("lorafold")).set(1)
 
     def step(self, phase: Phase, mode: Mode, seconds: float) -> None:
         """One forward step ran."""

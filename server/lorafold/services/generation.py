@@ -89,7 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 event = await inbox.take()
                 if isinstance(event, Finished):
                     left -= 1
-                    self._metrics.requests.completed(name, event.provenance.mode, event.timings)
+                    self._metrics.completed(request, event)
                     outcome = outcome if left else event.reason.value
                 for part in events.messages(request, event):
                     yield part
