@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.swap_under_load --quick
 	$(BIN)/python -m bench.policy --quick
 	$(BIN)/python -m bench.many_adapters --quick
+	$(BIN)/python -m bench.metering --quick
 
 # One environment for everything; made again when what it is made from changes.
 $(READY): pyproject.toml constraints.txt

@@ -107,7 +107,7 @@ def driving(
     base: LlamaForCausalLM, folders: Sequence[Path], size: Size, *, compiled: bool = False
 ) -> Iterator[tuple[Driven, list[BoundAdapter]]]:
     """An engine on a copy of `base`, running, with adapters on it."""
-    engine, manager = engine_of(
+    engine, manager, _ = engine_of(
         copy.deepcopy(base),
         tokenizer_of(base.config.vocab_size),
         slots=size.slots,

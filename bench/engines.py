@@ -22,6 +22,7 @@ from lorafold.engine.kv_cache import PagedCache
 from lorafold.engine.linear import choose_linear
 from lorafold.engine.loop import Engine
 from lorafold.engine.pages import PagePool
+from lorafold.engine.probe import Probe
 from lorafold.engine.residents import Residents
 from lorafold.engine.runner import Runner
 from lorafold.engine.scheduler import Scheduler
@@ -50,8 +51,11 @@ def engine_of(
     compiled: bool = False,
     waiting: int | None = None,
     metrics: Metrics | None = None,
-) -> tuple[Engine, AdapterManager]:
-    """An engine on `model`, not started: `slots` sequences of `context` tokens, and as many or `waiting` that wait."""
+) -> tuple[Engine, AdapterManager, Probe]:
+    """An engine on `model`, not started: `slots` sequences of `context` tokens, and as many or `waiting` that wait.
+
+    And what times pairs of steps on it.
+    """
     use_our_attention(model)
     choose_linear(model)
     manager = AdapterManager(model, max_delta_error=float("inf"))
@@ -78,7 +82,7 @@ def engine_of(
         on_death=lambda _: None,
         overlap=model.device.type == "cuda",
     )
-    return engine, manager
+    return engine, manager, Probe(runner, manager, pool, clock_for(model.device))
 
 
 def no_second_base() -> nn.Module:

@@ -168,7 +168,7 @@ def serving(model: LlamaForCausalLM, folder: Path, adapters: int, registry: Coll
     """An engine with adapters on it, as a server would have them."""
     vocabulary = model.config.vocab_size
     folders = [write_low_rank(model, folder / str(seed), seed, RANK) for seed in range(adapters)]
-    engine, manager = engine_of(
+    engine, manager, _ = engine_of(
         model,
         tokenizer_of(vocabulary),
         slots=SLOTS,

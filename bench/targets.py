@@ -33,6 +33,8 @@ ANYWHERE: dict[str, dict[str | None, float]] = {
     "longest_gap_over_fold_time": {None: 1.5},
     "throughput_over_no_swaps": {None: 0.9},
     "p99_ttft_over_resident": {None: 2.0},
+    "metrics_share": {None: 0.01},
+    "probed_over_metrics": {None: 1.02},
 }
 AT_MOST = (
     "unmerged_over_merged",
@@ -42,6 +44,8 @@ AT_MOST = (
     "lost",
     "longest_gap_over_fold_time",
     "p99_ttft_over_resident",
+    "metrics_share",
+    "probed_over_metrics",
 )
 
 
