@@ -8,12 +8,14 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from lorafold.cli.bench import line_of
 from lorafold.client import AsyncClient
 from lorafold.demo.tasks import TASKS
 from lorafold.demo.traffic import LIVE, MAX_TOKENS, Outcome, Traffic
@@ -23,13 +25,28 @@ POLICIES = {"upper": "merged", "rot13": "unmerged", "shift": "unmerged", "swapca
 SWAPPED = ("rot13", "upper", "shift")
 """What the live deployment points at, in turn."""
 START_TIMEOUT = 120.0
+MEASURED = weights_pb2.MeasureOverheadRequest(batches=[1, 8], adapters=[1, 5], max_pairs=100)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Driven:
+    """What came of the traffic."""
+
+    outcomes: list[Outcome]
+    swaps: int
+    restored: bool
+    """Whether the base was what was loaded."""
+    overheads: list[weights_pb2.Overhead]
+    """What the unmerged path was found to cost."""
+    clean_exit: bool
 
 
 def run_demo(folder: Path, requests: int) -> int:
     """Runs everything and prints what happened; the exit status."""
     start = time.perf_counter()
     folder = folder.absolute()
-    outcomes, swaps, restored, clean_exit = asyncio.run(drive(folder, requests))
+    driven = asyncio.run(drive(folder, requests))
+    outcomes = driven.outcomes
     click.echo("checking every answer against transformers generate() with PEFT ...")
     wrong = check(outcomes, folder)
     result = {
@@ -38,21 +55,30 @@ def run_demo(folder: Path, requests: int) -> int:
         "deployments": sorted({outcome.deployment for outcome in outcomes}),
         "modes": sorted({outcome.mode for outcome in outcomes if outcome.mode}),
         "exact_match": exact_match(outcomes),
-        "base_restored": restored,
+        "base_restored": driven.restored,
         "cancelled": sum(outcome.cancelled for outcome in outcomes),
-        "swaps": swaps,
+        "swaps": driven.swaps,
+        "unmerged_over_merged": {key_of(found): round(found.ratio, 3) for found in driven.overheads},
         "seconds": round(time.perf_counter() - start, 1),
     }
     for outcome in wrong[:5]:
         click.echo(f"WRONG: {outcome}")
     print_table(outcomes, wrong)
+    click.echo("what a decode step takes on this machine:")
+    for found in driven.overheads:
+        click.echo(f"  {line_of(found)}")
     click.echo("less than 100 % right with no difference from PEFT is the small model's own mistake")
     click.echo(json.dumps(result))
-    return 0 if not wrong and restored and clean_exit else 1
+    return 0 if not wrong and driven.restored and driven.clean_exit else 1
 
 
-async def drive(folder: Path, requests: int) -> tuple[list[Outcome], int, bool, bool]:
-    """Server and traffic: the outcomes, the number of swaps, whether base and exit status were as they should be."""
+def key_of(found: weights_pb2.Overhead) -> str:
+    """`b8_a5_r8`: rows, adapters, rank."""
+    return f"b{found.cell.batch}_a{found.cell.adapters}_r{found.cell.rank}"
+
+
+async def drive(folder: Path, requests: int) -> Driven:
+    """Server and traffic, and afterwards what the unmerged path costs."""
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "lorafold.toml"
         config.write_text(server_config(folder))
@@ -68,12 +94,21 @@ async def drive(folder: Path, requests: int) -> tuple[list[Outcome], int, bool, 
                 traffic = Traffic(client, names, [str(folder / name) for name in SWAPPED])
                 await traffic.run(requests)
                 verified = await client.stubs.weights.VerifyBase(weights_pb2.VerifyBaseRequest())
+                click.echo("measuring what the unmerged path costs here ...")
+                messages = client.stubs.weights.MeasureOverhead(MEASURED)
+                overheads = [each.overhead async for each in messages if each.HasField("overhead")]
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
             status = await process.wait()
         await relay
-        return traffic.outcomes, traffic.swaps, verified.restored, status == 0
+        return Driven(
+            outcomes=traffic.outcomes,
+            swaps=traffic.swaps,
+            restored=verified.restored,
+            overheads=overheads,
+            clean_exit=status == 0,
+        )
 
 
 def server_config(folder: Path) -> str:
