@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lorafold.client import ServerError
 from lorafold.metrics import Metrics
+from lorafold.metrics.adapters import Deployed
 from lorafold.metrics.document import SECTIONS, described, document
 from lorafold.metrics.labels import Names
 from lorafold.v1 import deployment_pb2 as pb
@@ -169,36 +170,32 @@ def test_what_a_deployment_points_at_goes_with_it(used: RunningServer) -> None:
 
 def test_more_deployments_than_labels_are_other() -> None:
     names = Names(2)
-    assert [names.label(name) for name in ("a", "b", "c", "a", "base", "d")] == [
-        "a",
-        "b",
-        "other",
-        "a",
-        "base",
-        "other",
-    ]
-    assert names.own({"a", "b", "c"}) == ["a", "b"]
+    for name in "abc":
+        names.add(name)
+    asked = ("b", "a", "c", "b", "base", "unknown", "never deployed")
+    assert [names.label(name) for name in asked] == ["b", "a", "other", "b", "base", "unknown", "other"]
+    assert names.own() == ["a", "b"]
     assert names.forget("a")
-    assert not names.forget("c")
+    assert not names.forget("never deployed")
     assert names.label("c") == "c"
+    assert names.label("a") == "other", "an answer that ends after its deployment"
 
 
 def test_series_are_as_few_as_declared() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, deployments=3)
     for number in range(100):
+        metrics.deployments.deployed(f"d{number}", Deployed(adapter="a", policy="auto", delta_error=0.1))
         metrics.token(f"d{number}", Mode.MERGED, 0.001, first=False)
-    labels = {
-        sample.labels["deployment"]
-        for metric in registry.collect()
-        for sample in metric.samples
-        if metric.name == "lorafold_inter_token_seconds"
-    }
-    assert labels == {"d0", "d1", "d2", "other"}
+
+    def of(metric: str) -> set[str]:
+        found = [each for each in registry.collect() if each.name == metric]
+        return {sample.labels["deployment"] for each in found for sample in each.samples}
+
+    assert of("lorafold_inter_token_seconds") == {"d0", "d1", "d2", "other"}
+    assert of("lorafold_delta_error_ratio") == {"d0", "d1", "d2"}
+    others = {"deployment": "other", "mode": "merged"}
+    assert registry.get_sample_value("lorafold_inter_token_seconds_count", others) == 97
     metrics.forget("d1")
-    assert (
-        registry.get_sample_value("lorafold_inter_token_seconds_count", {"deployment": "d1", "mode": "merged"}) is None
-    )
-    assert (
-        registry.get_sample_value("lorafold_inter_token_seconds_count", {"deployment": "other", "mode": "merged"}) == 97
-    )
+    metrics.token("d1", Mode.MERGED, 0.001, first=False)
+    assert of("lorafold_inter_token_seconds") == {"d0", "d2", "other"}

@@ -65,6 +65,7 @@ class DeploymentMetrics(Collector):
 
     def deployed(self, name: str, what: Deployed) -> None:
         """A deployment is there, or points at something else."""
+        self._names.add(name)
         self._deployed[name] = what
 
     def pointing_at(self, adapter: str) -> list[str]:
@@ -91,7 +92,9 @@ class DeploymentMetrics(Collector):
             "Share of a deployment's delta, by norm, that a fold loses to the weights' dtype; if it was measured.",
             labels=["deployment"],
         )
-        for name in self._names.own(deployed.keys()):
+        for name in self._names.own():
+            if name not in deployed:
+                continue  # It was deleted just now.
             info.add_metric([name, short(deployed[name].adapter), deployed[name].policy], 1)
             error = deployed[name].delta_error
             if error is not None:

@@ -12,6 +12,7 @@ from lorafold.config import BASE
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
 from lorafold.metrics import Metrics
+from lorafold.metrics.labels import UNKNOWN
 from lorafold.requests import Finished, Request
 from lorafold.services import events
 from lorafold.services.fields import refuse_unknown_fields, required
@@ -78,7 +79,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, message: pb.GenerateRequest | pb.StreamGenerateRequest, context: Context
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
         """Submits the request and yields its messages; leaving before all completions ended, however, cancels them."""
-        name, outcome, left = "unknown", CANCELLED, 0
+        name, outcome, left = UNKNOWN, CANCELLED, 0
         request_id = uuid.uuid4().hex
         inbox = Mailbox(partial(self._engine.resume, request_id))
         try:
