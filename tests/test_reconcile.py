@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.reconcile import reconcile
 from lorafold.state import Record, State, Version
 

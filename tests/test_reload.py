@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from lorafold.client import ServerError
-from lorafold.config import DeploymentConfig
 from lorafold.declared import reload
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.errors import ConfigError
 from lorafold.v1 import deployment_pb2 as pb
 from tests.conftest import DEMO, RunningServer, serving

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.errors import ConfigError, EngineStopped, StateNotSaved
 from lorafold.state import VERSION, Record, State, Version
 from lorafold.state_file import StateFile

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import DeploymentExists, EtagMismatch, NothingToRollBack
 from lorafold.progress import Progress, Stage, Tell, nobody

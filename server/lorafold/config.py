@@ -2,20 +2,16 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from platformdirs import user_cache_path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from lorafold.deployment_config import DeploymentConfig, Section
 from lorafold.errors import ConfigError
-from lorafold.recipes import Recipe, RecipePart, Source
-from lorafold_adapters.compose import Composition, check_weights
-from lorafold_adapters.errors import CompositionInvalid
 from lorafold_adapters.gate import MAX_DELTA_ERROR
-from lorafold_adapters.policy import PolicyKind
 from lorafold_adapters.undo_kinds import UndoKind
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 BASE = "base"
 """The deployment that is always there: the base model without an adapter."""
 
@@ -36,12 +32,6 @@ def check_address(value: str) -> str:
 Provenance = Literal["dequantised base", "16-bit checkpoint"]
 """The same as the plugin's, which would bring torch in here."""
 Address = Annotated[str, AfterValidator(check_address)]
-
-
-class Section(BaseModel):
-    """A table of the file: nothing in it can be changed, and a key it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class BaseConfig(Section):
@@ -157,85 +147,6 @@ class IdentityConfig(Section):
     """A folder, relative to the file, where fingerprints of bases are remembered; the user's cache unless given."""
 
 
-class PartConfig(Section):
-    """`parts` of `compose`: one adapter of a composition."""
-
-    adapter: str
-    """A PEFT adapter folder, relative to the file."""
-    weight: float = 1.0
-    """A negative one takes away what the adapter has learnt."""
-
-
-class ComposeConfig(Section):
-    """`compose`: several adapters as one."""
-
-    method: str
-    """linear, ties, dare_linear, dare_ties, magnitude_prune or svd."""
-    parts: list[PartConfig]
-    density: float | None = None
-    """Share of each part that is kept; all methods but linear and svd need it."""
-    seed: int | None = None
-    """Of the random choice of dare_*."""
-    rank: int | None = None
-    """svd needs it: rank of the result. Others, but not linear: rank of the form beside the weights."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        try:
-            check_weights([part.weight for part in self.parts])
-            _ = self.spec
-        except CompositionInvalid as error:
-            raise ValueError(f"'{error.field}' {error.fact}") from error
-        return self
-
-    @property
-    def spec(self) -> Composition:
-        """How the parts are composed."""
-        return Composition(method=self.method, density=self.density, seed=self.seed, rank=self.rank)
-
-
-class DeploymentConfig(Section):
-    """`[[deployments]]`: a name that clients call."""
-
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    adapter: str | None = None
-    """A PEFT adapter folder, relative to the file. Either this or `compose`."""
-    compose: ComposeConfig | None = None
-    policy: Annotated[PolicyKind, Field(strict=False)] = PolicyKind.AUTO
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    """Requests of deployments with a higher one start first."""
-    max_concurrency: Annotated[int, Field(gt=0, lt=2**32)] | None = None
-    """Completions that run at once; as many as there is room for unless given."""
-    pinned: bool = False
-    """Keep the adapter on the device, however long nobody asks for it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.adapter is None) == (self.compose is None):
-            raise ValueError("needs 'adapter' or 'compose', and not both")
-        return self
-
-    @property
-    def source(self) -> Source:
-        """What its adapter is made from."""
-        if self.compose is None:
-            return str(self.adapter)
-        parts = tuple(RecipePart(path=part.adapter, weight=part.weight) for part in self.compose.parts)
-        return Recipe(spec=self.compose.spec, parts=parts)
-
-    def with_source(self, source: Source) -> Self:
-        """The same with another adapter."""
-        compose = compose_of(source) if isinstance(source, Recipe) else None
-        return self.model_copy(update={"adapter": None if compose else source, "compose": compose})
-
-
-def compose_of(recipe: Recipe) -> ComposeConfig:
-    """The recipe as the file would have it."""
-    spec = recipe.spec
-    parts = [PartConfig(adapter=part.path, weight=part.weight) for part in recipe.parts]
-    return ComposeConfig(method=spec.method, parts=parts, density=spec.density, seed=spec.seed, rank=spec.rank)
-
-
 class LogConfig(Section):
     """`[log]`: what goes to stderr."""
 
@@ -256,7 +167,7 @@ class Config(Section):
     probe: ProbeConfig = ProbeConfig()
     identity: IdentityConfig = IdentityConfig()
     log: LogConfig = LogConfig()
-    deployments: list[DeploymentConfig] = []
+    deployments: list[DeploymentConfig] = Field(default_factory=list)
     folder: Path = Path()
     """Where the file lies; relative adapter paths start here. Not a key of the file."""
     stem: str = "lorafold"

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import structlog
 
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.deployments import Deployment, Deployments
 from lorafold.errors import ConfigError, EngineStopped, StateNotSaved
 from lorafold.reconcile import Plan, reconcile

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import structlog
 
-from lorafold.config import BASE, NAME_PATTERN, DeploymentConfig
+from lorafold.config import BASE
+from lorafold.deployment_config import NAME_PATTERN, DeploymentConfig
 from lorafold.errors import DeploymentBusy, DeploymentNotFound, DeploymentUnservable, InvalidField
 from lorafold.metrics import Metrics
 from lorafold.metrics.adapters import Deployed

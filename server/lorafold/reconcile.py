@@ -6,7 +6,7 @@ Pure: no adapters, no disk. docs/deployments.md has the same as a table.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.state import Record, State
 
 

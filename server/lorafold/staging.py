@@ -12,7 +12,7 @@ from typing import Self
 
 import structlog
 
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.engine.loop import Engine
 from lorafold.metrics import Metrics
 from lorafold.own_thread import in_background, in_own_thread

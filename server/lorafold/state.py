@@ -11,7 +11,7 @@ from typing import Annotated, Self
 
 from pydantic import AwareDatetime, Field
 
-from lorafold.config import DeploymentConfig, Section
+from lorafold.deployment_config import DeploymentConfig, Section
 
 VERSION = 1
 

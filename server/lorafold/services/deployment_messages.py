@@ -6,7 +6,7 @@ from dataclasses import replace
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorafold.changes import Change
-from lorafold.config import DeploymentConfig
+from lorafold.deployment_config import DeploymentConfig
 from lorafold.deployments import Deployment, check_name
 from lorafold.errors import InvalidField
 from lorafold.progress import Progress, Stage
