@@ -56,6 +56,22 @@ def test_low_rank_paths_are_in_one_step_and_not_in_the_other(own: RunningServer)
     assert found.low > 1.2
 
 
+def test_auto_decides_by_what_deployed_adapters_cost_and_by_no_others() -> None:
+    with serving(demo_config()) as fresh:
+        engine = fresh.app.parts.engine
+        engine.call(lambda: engine.weights.costs.step(adapters=0, rows=2, seconds=1.0)).result(30)
+
+        def cost() -> float | None:
+            return engine.call(lambda: engine.weights.costs.two_path_seconds(2, 2)).result(30)
+
+        assumed = cost()
+        assert measured(fresh, **{**QUICK, "ranks": [256]}, max_pairs=16)[-1].HasField("overhead")
+        assert cost() == assumed
+        found = measured(fresh, **QUICK, max_pairs=16)[-1].overhead
+        apart = (found.unmerged_step.ToNanoseconds() - found.plain_step.ToNanoseconds()) / 1e9
+        assert cost() == pytest.approx(1.0 + max(0.0, apart))
+
+
 def test_requests_beside_it_get_the_same_answers(own: RunningServer) -> None:
     names = ("upper", "rot13", "base", "vowels")
     before = {name: own.client.generate("Hello World", deployment=name).token_ids for name in names}

@@ -1,13 +1,18 @@
 """The page for people at the metrics port, in a real browser, against what the server counts."""
 
 import re
+import struct
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
+from wsgiref.simple_server import make_server
 
 import pytest
 
+from lorafold.pages import Pages, Quiet, Server
 from lorafold.v1 import weights_pb2
 from tests.browser import chromium, screenshot
 from tests.conftest import POLICIES, RunningServer, demo_config, serving
@@ -80,8 +85,49 @@ def test_there_are_two_pages(busy: RunningServer) -> None:
     missing.value.close()
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (390, False), (390, True)])
-def test_it_is_as_wide_as_the_window(busy: RunningServer, tmp_path: Path, width: int, dark: bool) -> None:
+WATCH = b"<script>setInterval(() => document.title = `${document.body.scrollWidth} in ${innerWidth}`, 500)</script>"
+"""Tells a test how wide the page is, and how wide the window."""
+
+
+@pytest.mark.parametrize("width", [500, 1100])
+def test_nothing_sticks_out_of_the_window(busy: RunningServer, width: int) -> None:
+    assert not sticks_out(busy, width)
+    assert sticks_out(busy, width, b'<div style="width: 3000px">wide</div>')
+
+
+def sticks_out(server: RunningServer, width: int, more: bytes = b"") -> bool:
+    """Whether the page, with something `more` in it, is wider than a window of that width."""
+    pages = Pages(server.app.parts.metrics.registry)
+    pages._page += more + WATCH
+    http = make_server("127.0.0.1", 0, pages, Server, Quiet)
+    thread = Thread(target=http.serve_forever)
+    thread.start()
+    try:
+        document = chromium(f"http://127.0.0.1:{http.server_port}/", f"--window-size={width},900")
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+    found = re.search(r"<title>(\d+) in (\d+)</title>", document)
+    assert found is not None
+    assert "4 rows, 1 adapter" in document, "it has been drawn"
+    assert int(found[2]) <= width
+    return int(found[1]) > int(found[2])
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_is_light_or_dark_as_the_reader_wants(busy: RunningServer, tmp_path: Path, dark: bool) -> None:
     file = tmp_path / "page.png"
-    screenshot(url(busy), file, width=width, height=900, dark=dark)
-    assert file.stat().st_size > 10_000
+    screenshot(url(busy), file, width=500, height=900, dark=dark)
+    assert (max(first_pixel(file.read_bytes())) < 80) == dark
+
+
+def first_pixel(png: bytes) -> tuple[int, ...]:
+    """Red, green, blue: whatever a PNG's first line is filtered by, its first pixel stands there as it is."""
+    data, at = b"", 8
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        if png[at + 4 : at + 8] == b"IDAT":
+            data += png[at + 8 : at + 8 + length]
+        at += length + 12
+    return tuple(zlib.decompress(data)[1:4])

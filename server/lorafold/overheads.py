@@ -125,8 +125,8 @@ class Overheads:
             cells = grid.cells()
             for done, cell in enumerate(cells):
                 try:
-                    async with self._adapters(cell) as names:
-                        async for step in self._cell(Trial(cell=cell, names=names), grid, done, len(cells)):
+                    async with self._trial(cell) as trial:
+                        async for step in self._cell(trial, grid, done, len(cells)):
                             yield step
                 except EngineStopped:
                     raise
@@ -143,7 +143,7 @@ class Overheads:
             if trial.pairs.count:
                 found = await in_background(trial.pairs.found)
                 yield Step(cell=cell, done=done, total=total, pairs=found.pairs)
-        at = self._learn(found)
+        at = self._learn(found, deployed=trial.deployed)
         yield Step(cell=cell, done=done, total=total, pairs=found.pairs, overhead=found, at=at)
 
     async def in_idle_moments(self, every: float) -> None:
@@ -158,7 +158,7 @@ class Overheads:
                     names, _ = await self._deployed(cell)
                     known = self.known.get(cell)
                     if len(names) == cell.adapters and (known is None or time.time() - known[1] > every):
-                        await self._idly(Trial(cell=cell, names=names), grid)
+                        await self._idly(Trial(cell=cell, names=names, deployed=True), grid)
                 await asyncio.sleep(min(every, LOOK))
 
     async def _idly(self, trial: Trial, grid: Grid) -> None:
@@ -173,14 +173,18 @@ class Overheads:
                 if trial.pairs.count and (await in_background(trial.pairs.found)).width <= grid.precision:
                     break
             await asyncio.sleep(REST)
-        self._learn(await in_background(trial.pairs.found))
+        self._learn(await in_background(trial.pairs.found), deployed=True)
 
-    def _learn(self, found: Overhead) -> float:
-        """Remembers what was found, and tells everybody; when, in seconds since the epoch."""
+    def _learn(self, found: Overhead, *, deployed: bool) -> float:
+        """Remembers what was found, and tells everybody; when, in seconds since the epoch.
+
+        `auto` decides by what deployed adapters cost, and not by others that somebody was curious about.
+        """
         now = time.time()
         self.known[found.cell] = found, now
         self._metrics.found(found)
-        self._engine.call(lambda: self._engine.weights.costs.measured(found))
+        if deployed:
+            self._engine.call(lambda: self._engine.weights.costs.measured(found))
         log.info("unmerged path measured", cell=found.cell, ratio=round(found.ratio, 3), pairs=found.pairs)
         return now
 
@@ -211,8 +215,8 @@ class Overheads:
         return names, next((loaded[name] for name in names or plain), None)
 
     @asynccontextmanager
-    async def _adapters(self, cell: Cell) -> AsyncIterator[list[str]]:
-        """Digests of as many adapters of that rank as the cell has: deployed ones, and made up ones for the rest."""
+    async def _trial(self, cell: Cell) -> AsyncIterator[Trial]:
+        """With as many adapters of that rank as the cell has: deployed ones, and made up ones for the rest."""
         names, like = await self._deployed(cell)
         missing = made_up_for(self._manager, cell, like, names)
         taken: list[BoundAdapter] = []
@@ -220,7 +224,7 @@ class Overheads:
             for bound in missing:
                 await self._acquire(bound)
                 taken.append(bound)
-            yield [*names, *(bound.digest for bound in taken)]
+            yield Trial(cell=cell, names=[*names, *(bound.digest for bound in taken)], deployed=not taken)
         finally:
             for bound in taken:
                 self._engine.call(

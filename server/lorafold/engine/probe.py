@@ -25,6 +25,8 @@ class Trial:
     cell: Cell
     names: Sequence[str]
     """The adapters, as many as the cell has, all on the device."""
+    deployed: bool
+    """False if some of them were made up for it."""
     pairs: Pairs = field(init=False)
     touched: bool = False
     """True once something was written to its pages."""
