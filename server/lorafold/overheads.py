@@ -17,7 +17,7 @@ from lorafold.metrics.overhead import OverheadMetrics
 from lorafold.own_thread import in_background
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.binding import BoundAdapter
-from lorafold_adapters.errors import AdapterNotLoaded, LorafoldError
+from lorafold_adapters.errors import LorafoldError
 from lorafold_adapters.made_up import made_up, plain_only
 from lorafold_adapters.overhead import Cell, Overhead
 
@@ -162,13 +162,18 @@ class Overheads:
                 await asyncio.sleep(min(every, LOOK))
 
     async def _idly(self, trial: Trial, grid: Grid) -> None:
-        """One cell, however long it takes; given up if the cache has no room, or its adapters leave the device."""
+        """One cell, however long it takes; given up for now if it cannot be timed: no room in the cache, an adapter that
+        has left the device, something folded into a quantised base.
+        """
         while trial.pairs.count < grid.max_pairs:
             if not self._busy.locked():
                 try:
                     if not await self._burst(trial, trial.pairs.count + BURST, only_alone=True):
                         return
-                except AdapterNotLoaded:
+                except EngineStopped:
+                    raise
+                except LorafoldError as error:
+                    log.debug("unmerged path not measured", cell=trial.cell, reason=str(error))
                     return
                 if trial.pairs.count and (await in_background(trial.pairs.found)).width <= grid.precision:
                     break
