@@ -1,7 +1,5 @@
 """Gathers what advice about a deployment goes by. Runs on the event loop."""
 
-import time
-
 from lorafold.advice import Evidence, nearest
 from lorafold.deployments import Deployments
 from lorafold.engine.loop import Engine
@@ -26,7 +24,7 @@ class Witness:
         count = max(1, moments.count)
         known = self._overheads.known
         cell = nearest(known, rank, moments.all_rows / count, moments.adapters / count)
-        overhead, at = (None, 0.0) if cell is None else known[cell]
+        overhead, age = (None, 0.0) if cell is None else (known[cell][0], self._overheads.age(cell))
         fidelity = served.folding.fidelity
         return Evidence(
             name=name,
@@ -37,7 +35,7 @@ class Witness:
             alone=moments.alone / count,
             rows=moments.all_rows / count,
             overhead=overhead,
-            age=time.time() - at,
+            age=age,
             swap_seconds=swap,
             delta_error=None if fidelity is None else fidelity.delta_error,
         )

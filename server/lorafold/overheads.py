@@ -97,6 +97,8 @@ class Overheads:
         self._busy = asyncio.Lock()
         self.known: dict[Cell, tuple[Overhead, float]] = {}
         """What was found last, and when, in seconds since the epoch."""
+        self._found_at: dict[Cell, float] = {}
+        """The same on a clock that does not jump."""
 
     async def grid(self, asked: Grid) -> Grid:
         """`asked`, with what it leaves open filled in. Raises InvalidField for what cannot run here."""
@@ -156,14 +158,17 @@ class Overheads:
                 grid = await self.grid(Grid())
                 for cell in grid.cells():
                     names, _ = await self._deployed(cell)
-                    known = self.known.get(cell)
-                    if len(names) == cell.adapters and (known is None or time.time() - known[1] > every):
+                    if len(names) == cell.adapters and self.age(cell) > every:
                         await self._idly(Trial(cell=cell, names=names, deployed=True), grid)
                 await asyncio.sleep(min(every, LOOK))
 
+    def age(self, cell: Cell) -> float:
+        """Seconds since it was measured; infinite if it was not."""
+        return time.monotonic() - self._found_at.get(cell, float("-inf"))
+
     async def _idly(self, trial: Trial, grid: Grid) -> None:
-        """One cell, however long it takes; given up for now if it cannot be timed: no room in the cache, an adapter that
-        has left the device, something folded into a quantised base.
+        """One cell, however long it takes; given up for now if it cannot be timed: no room in the cache, an adapter
+        that has left the device, something folded into a quantised base.
         """
         while trial.pairs.count < grid.max_pairs:
             if not self._busy.locked():
@@ -186,7 +191,7 @@ class Overheads:
         `auto` decides by what deployed adapters cost, and not by others that somebody was curious about.
         """
         now = time.time()
-        self.known[found.cell] = found, now
+        self.known[found.cell], self._found_at[found.cell] = (found, now), time.monotonic()
         self._metrics.found(found)
         if deployed:
             self._engine.call(lambda: self._engine.weights.costs.measured(found))
