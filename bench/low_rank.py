@@ -1,9 +1,10 @@
-"""Adapters whose speed is measured: PEFT checkpoints on all linear layers, written within a second at any size.
+"""Adapters whose speed is measured: PEFT checkpoints, written within a second at any size.
 
 Their factors are normal, so that the strength of a delta is known without computing one.
 """
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,16 +16,18 @@ from transformers import PreTrainedModel
 from bench.adapters import ALL_LINEAR, STRENGTH
 
 
-def write_low_rank(model: PreTrainedModel, folder: Path, seed: int, rank: int) -> Path:
+def write_low_rank(
+    model: PreTrainedModel, folder: Path, seed: int, rank: int, targets: Collection[str] = ALL_LINEAR
+) -> Path:
     """A checkpoint for `model`; rms(delta) is `STRENGTH` times rms(weight)."""
     folder.mkdir()
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=ALL_LINEAR)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(targets))
     config.save_pretrained(str(folder))
     numbers = torch.Generator().manual_seed(seed)
     strength = STRENGTH * model.config.initializer_range
     factors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in ALL_LINEAR:
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets:
             shrink, expand = drawn_factors(module.in_features, module.out_features, rank, strength, numbers)
             factors[f"base_model.model.{name}.lora_A.weight"] = shrink
             factors[f"base_model.model.{name}.lora_B.weight"] = expand

@@ -31,6 +31,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 8192,
     },
+    "short": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 8192,
+    },
     "mid": {
         "hidden_size": 768,
         "intermediate_size": 2048,

@@ -1,149 +1,233 @@
-"""What the two-path forward costs: one decode step of the base, folded and two-path, alternating in one run.
+"""What the unmerged path costs: a decode step of the base, folded, and two-path, beside transformers and PEFT.
 
-    python -m bench.overhead [--quick] [--batches 1,8,32] [--rank 16] [--device cpu] [--dtype float32]
+    python -m bench.overhead [--quick] [--ranks 16,64] [--batches 1,8] [--adapters 1,8] [--targets all,qv] [--record]
 
-A Llama of 768 by 12 with random weights (4 layers with --quick); adapters on all linear layers, written by PEFT and
-read back. In every round each variant runs once, in an order that rotates: its weights are brought into place and one
-step runs before the clock starts. Reported are medians and quartiles of the per-round ratios, the ratio of the fastest
-rounds, for machines with other work, and each variant's fastest step in milliseconds; the last line is one JSON object.
+A Llama with random weights and PEFT checkpoints of random values; rows have 64 tokens in the cache. Pairs of steps,
+folded and two-path, run one right after the other, and pairs of PEFT's; between them blocks of the base's, folded, and
+transformers' steps. A cell is done when the 95 % intervals of its ratios are narrower than 4 % of them, or its time is
+up. Ratios are medians, intervals by bootstrap. First come the physical limits; the last line is one JSON object. See
+bench/README.md.
 """
 
-import argparse
+import gc
 import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
-from bench.adapters import ALL_LINEAR, write_adapter
+from bench.decode_steps import Ours, Step, Theirs
 from bench.environment import describe
-from bench.models import llama, placed
-from bench.rounds import Timing, measure, ratio
-from lorafold.engine.kv_cache import PagedCache
-from lorafold.engine.linear import choose_linear
-from lorafold.engine.runner import Piece, Runner
-from lorafold.model import pick_device, use_our_attention
-from lorafold_adapters import AdapterManager
+from bench.grid import TARGETS, Cell, Grid, Group, parsed, planned
+from bench.low_rank import write_low_rank
+from bench.models import shaped
+from bench.overhead_report import BLOCKS, PRECISION, TIMED, Rates, found, headline, show, tight
+from bench.roofline import Extra, Memory, extra, product_rate
+from bench.rounds import record, stopwatch
+from lorafold.config import LogConfig
+from lorafold.logs import set_up_logging
+from lorafold.model import pick_device
 
 CONTEXT = 64
-ADAPTERS = 8
-STEPS = 3
-"""Steps in one timing."""
+PAIRS = 6
+"""Of each kind in one round."""
+LEAST = 3
+"""Rounds."""
+TOLERANCE = 1e-3
+"""Of fp32 logits of ours and PEFT's, over the largest."""
+Seconds = dict[str, list[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to run a decode step."""
+class Bed:
+    """A model of one dtype with everything that decodes on it."""
 
-    prepare: Callable[[], object]
-    """Brings the weights into place; not timed."""
-    adapters: list[str]
-    """Whose low-rank paths the rows take, in turn; none: the weights as they are."""
+    def __init__(self, shape: str, device: torch.device, dtype: torch.dtype, grid: Grid, scratch: Path) -> None:
+        model = shaped(shape, device, dtype)
+        self._scratch = scratch
+        self._drawn = torch.Generator().manual_seed(0)
+        self._vocabulary = model.config.vocab_size
+        prompts_BT = torch.randint(self._vocabulary, (max(grid.batches), CONTEXT), generator=self._drawn)
+        self._model = model
+        self.theirs = Theirs(model, prompts_BT)
+        self.ours = Ours(model, prompts_BT)
+        self._names: list[str] = []
+
+    def put_on(self, group: Group, adapters: int) -> None:
+        """Adapters of this rank on these layers instead of those before."""
+        folder = self._scratch / f"{group.targets}-{group.rank}-{group.dtype}"
+        folder.mkdir()
+        targets = TARGETS[group.targets]
+        folders = [
+            write_low_rank(self._model, folder / f"adapter-{seed}", seed, group.rank, targets)
+            for seed in range(adapters)
+        ]
+        self.ours.replace(folders)
+        self.theirs.replace(folders)
+        self._names = [each.name for each in folders]
+
+    def steps(self, cell: Cell) -> dict[str, Step]:
+        """The variants of a cell, by name."""
+        tokens = torch.randint(self._vocabulary, (cell.batch,), generator=self._drawn).tolist()
+        names = self._names[: cell.adapters]
+        self.ours.manager.unmerge_adapter()  # Their caches are filled by the base.
+        return {
+            "base": self.ours.base(tokens),
+            "merged": self.ours.merged(tokens, names[0]),
+            "unmerged": self.ours.unmerged(tokens, names, folded=names[0]),
+            "unmerged_on_base": self.ours.unmerged(tokens, names),
+            "transformers": self.theirs.plain(tokens),
+            "peft_merged": self.theirs.merged(tokens),
+            "peft_unmerged": self.theirs.unmerged(tokens, names),
+        }
 
 
-def written_adapters(folder: Path, layers: int, rank: int) -> Iterator[tuple[str, Path]]:
-    """PEFT checkpoints on all linear layers."""
-    base = llama(layers)
-    for seed in range(ADAPTERS):
-        name = f"adapter-{seed}"
-        yield name, write_adapter(base, folder / name, seed, r=rank, lora_alpha=rank, target_modules=ALL_LINEAR)
+def same(steps: Mapping[str, Step]) -> None:
+    """Raises RuntimeError if a step of ours and theirs differ, or if the adapters change nothing."""
+    logits: dict[str, Tensor] = {}
+    for name, step in steps.items():
+        step.prepare()
+        logits[name] = step.run().float().clone()
+    for one, other in (("base", "transformers"), ("merged", "peft_merged"), ("unmerged_on_base", "peft_unmerged")):
+        apart = float((logits[one] - logits[other]).abs().max() / logits[other].abs().max())
+        if apart > TOLERANCE:
+            raise RuntimeError(f"{one} and {other} are {apart:.1e} apart: they did not compute the same")
+    if torch.allclose(logits["unmerged_on_base"], logits["base"], rtol=0, atol=10 * TOLERANCE):
+        raise RuntimeError("the adapters change nothing: nothing was compared")
 
 
-def pieces(batch: int, adapters: list[str]) -> list[Piece]:
-    """One token of each of `batch` sequences."""
-    turns = [adapters[row % len(adapters)] if adapters else None for row in range(batch)]
+def measure(steps: Mapping[str, Step], device: torch.device, seconds: float) -> Seconds:
+    """Rounds until every ratio is known well enough, or the time is up; the k-th times of a pair belong together."""
+    taken: Seconds = {name: [] for name in TIMED}
+    until, rounds = time.perf_counter() + seconds, 0
+    while rounds < LEAST or (time.perf_counter() < until and not tight(taken)):
+        turn = rounds % len(BLOCKS)
+        for name in BLOCKS[turn:] + BLOCKS[:turn]:
+            taken[name].append(block(steps[name.removesuffix("_block")], device))
+        for pair in (("merged", "unmerged"), ("peft_merged", "peft_unmerged")):
+            for name in pair:
+                timed(steps[name], device)
+            for number in range(PAIRS):
+                for name in pair if number % 2 == rounds % 2 else pair[::-1]:
+                    taken[name].append(timed(steps[name], device))
+        rounds += 1
+    return taken
+
+
+def block(step: Step, device: torch.device) -> float:
+    """Seconds of a step that runs over and over, warmed up; a median."""
+    return median([timed(step, device) for _ in range(2 + PAIRS // 2)][2:])
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Seconds of one step."""
+    step.prepare()
+    return stopwatch(device, step.run)
+
+
+def changed_shapes(model: nn.Module, targets: str) -> list[tuple[int, int]]:
+    """(out, in) of the layers that adapters change."""
     return [
-        Piece(tokens=[7 + row], pages=[row], past=CONTEXT, adapter=turns[row], samples=True) for row in range(batch)
+        (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in TARGETS[targets]
     ]
 
 
-def timing(runner: Runner, variant: Variant, batch: int) -> Timing:
-    """Times `STEPS` steps after one that is not timed; copying logits to the host ends each."""
-    work = pieces(batch, variant.adapters)
-
-    def timed(_: int) -> float:
-        variant.prepare()
-        runner.run(work).cpu()
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            runner.run(work).cpu()
-        return time.perf_counter() - start
-
-    return timed
+def skeleton(shape: str) -> LlamaForCausalLM:
+    """A model of that shape without memory."""
+    return shaped(shape, torch.device("meta"), torch.float32)
 
 
-def over(one: list[float], other: list[float]) -> dict[str, float]:
-    """The ratio of two variants."""
-    return {**ratio(one, other), "fastest": round(min(one) / min(other), 3)}
+def needed(shape: str, cell: Cell) -> Extra:
+    """What the cell's low-rank paths add at least."""
+    return extra(
+        changed_shapes(skeleton(shape), cell.group.targets),
+        cell.group.rank,
+        rows=cell.batch,
+        adapters=cell.adapters,
+        itemsize=getattr(torch, cell.group.dtype).itemsize,
+    )
 
 
-def compare(runner: Runner, manager: AdapterManager, batch: int, rounds: int) -> dict[str, dict[str, float]]:
-    """The ratios at one batch size, and the milliseconds of a step."""
-    names = list(manager.adapters)
-    unmerge = manager.unmerge_adapter
-    variants = {
-        "base": Variant(unmerge, []),
-        "base_again": Variant(unmerge, []),
-        "merged": Variant(lambda: manager.merge_adapter(names[0]), []),
-        "unmerged_1": Variant(unmerge, names[:1]),
+def show_limits(shape: str, grid: Grid, rates: Mapping[str, Rates]) -> None:
+    """The physical limits, for people."""
+    for dtype, rate in rates.items():
+        print(
+            f"{dtype}: memory gives {rate.bandwidth / 1e9:.1f} GB/s, matrix products {rate.products / 1e9:,.0f} GFLOP/s"
+        )
+    for group in grid.groups():
+        for cell in grid.cells(group):
+            more, rate = needed(shape, cell), rates[group.dtype]
+            print(
+                f"  {cell.key}: low-rank paths read {more.nbytes / 1e6:.2f} MB more and compute "
+                f"{more.flops / 1e6:.1f} MFLOP, at least {more.seconds(rate.bandwidth, rate.products) * 1e6:.0f} us"
+            )
+
+
+def cells_of(
+    shape: str, device: torch.device, grid: Grid, rates: Mapping[str, Rates]
+) -> Iterator[tuple[Cell, dict[str, Any], Seconds]]:
+    """Everything that is measured, as soon as it is."""
+    for dtype in grid.dtypes:
+        with tempfile.TemporaryDirectory() as scratch:
+            bed = Bed(shape, device, getattr(torch, dtype), grid, Path(scratch))
+            for group in (each for each in grid.groups() if each.dtype == dtype):
+                cells = list(grid.cells(group))
+                bed.put_on(group, max(cell.adapters for cell in cells))
+                spare = 0.0
+                for cell in cells:
+                    steps = bed.steps(cell)
+                    if dtype == "float32" and device.type == "cpu":
+                        same(steps)
+                    begun = time.perf_counter()
+                    seconds = measure(steps, device, grid.seconds + spare)
+                    spare = max(0.0, spare + grid.seconds - (time.perf_counter() - begun))
+                    yield cell, found(cell, seconds, needed(shape, cell), rates[dtype]), seconds
+            del bed
+            gc.collect()
+
+
+def run(shape: str, device: torch.device, grid: Grid) -> tuple[dict[str, Any], dict[str, Seconds]]:
+    """The result without what was asked for, and every timing."""
+    memory = Memory(device)
+    rates = {
+        dtype: Rates(bandwidth=memory.bandwidth(), products=product_rate(device, getattr(torch, dtype)))
+        for dtype in grid.dtypes
     }
-    if batch >= len(names):
-        variants["unmerged_8"] = Variant(unmerge, names)
-    seconds = measure({name: timing(runner, variant, batch) for name, variant in variants.items()}, rounds)
-    unmerge()
-    result = {
-        "milliseconds": {name: round(1e3 * min(taken) / STEPS, 2) for name, taken in seconds.items()},
-        "same_over_same": over(seconds["base_again"], seconds["base"]),
-        "merged_over_base": over(seconds["merged"], seconds["base"]),
-        "unmerged_over_merged_1_adapter": over(seconds["unmerged_1"], seconds["merged"]),
-    }
-    if "unmerged_8" in seconds:
-        result["unmerged_over_merged_8_adapters"] = over(seconds["unmerged_8"], seconds["merged"])
-    return result
-
-
-def line_of(result: dict[str, dict[str, float]]) -> str:
-    """One batch size in words: median and fastest."""
-    ratios = [f"{key} {value['median']} ({value['fastest']})" for key, value in result.items() if "median" in value]
-    return ", ".join(ratios) + f", ms {result['milliseconds']}"
-
-
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds: under a minute")
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    return parser.parse_args()
+    show_limits(shape, grid, rates)
+    results, timings = [], {}
+    for cell, result, seconds in cells_of(shape, device, grid, rates):
+        show(result, absolute=device.type == "cuda")
+        results.append(result)
+        timings[cell.key] = seconds
+    return headline(results, timings), timings
 
 
 def main() -> None:
     """Measures and prints."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT to transformers, about a name.
-    arguments = parsed()
-    layers, rounds = (4, 8) if arguments.quick else (12, 20)
+    arguments = parsed(__doc__)
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    logging.set_verbosity_error()
+    set_up_logging(LogConfig(level="warning"))
     device = pick_device(arguments.device)
-    model = placed(llama(layers), device, getattr(torch, arguments.dtype))
-    use_our_attention(model)
-    choose_linear(model)
-    manager = AdapterManager(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, folder in written_adapters(Path(scratch), layers, arguments.rank):
-            manager.load(name, folder)
-    batches = [int(batch) for batch in arguments.batches.split(",")]
-    runner = Runner(model, manager, PagedCache(pages=max(batches), size=CONTEXT + 1))
-    runner.record(max(batches), CONTEXT + 1)
-    results = {}
-    for batch in batches:
-        results[str(batch)] = compare(runner, manager, batch, rounds)
-        print(f"batch {batch}: {line_of(results[str(batch)])}")
-    print(json.dumps({"decode_step": results, "rank": arguments.rank, "rounds": rounds, **describe(device, model)}))
+    shape = arguments.shape or ("8b" if device.type == "cuda" else "short")
+    grid = planned(arguments)
+    result, seconds = run(shape, device, grid)
+    about = {**describe(device, skeleton(shape)), "dtype": list(grid.dtypes)}
+    result |= {"shape": shape, "context": CONTEXT, "precision": PRECISION, **about}
+    for line in result["missed"]:
+        print(f"below target: {line}")
+    if arguments.record:
+        print(f"every timing: {record('overhead', result, seconds)}")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

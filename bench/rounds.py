@@ -54,14 +54,13 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
 
 
 def record(theme: str, result: Mapping[str, Any], seconds: Mapping[str, Mapping[str, list[float]]]) -> Path:
-    """Keeps the result, then every timing, as JSON lines in a file of its own; returns the file."""
+    """Keeps the result, then every timing, round for round, as JSON lines in a file of its own; returns the file."""
     hardware = re.sub(r"[^a-z0-9]+", "-", str(result["hardware"]).lower()).strip("-")
     file = unused(RESULTS / f"{theme}_{hardware}_{datetime.now(UTC):%Y-%m-%d}.jsonl")
     points = (
-        {"dtype": dtype, "variant": variant, "round": number, "seconds": taken}
-        for dtype, variants in seconds.items()
+        {"case": case, "variant": variant, "seconds": [float(f"{taken:.6g}") for taken in timings]}
+        for case, variants in seconds.items()
         for variant, timings in variants.items()
-        for number, taken in enumerate(timings, start=1)
     )
     RESULTS.mkdir(exist_ok=True)
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (result, *points)))

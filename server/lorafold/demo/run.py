@@ -103,7 +103,7 @@ async def drive(folder: Path, requests: int) -> Driven:
             status = await process.wait()
         await relay
         return Driven(
-            outcomes=traffic.outcomes,
+            outcomes=traffic.outcomes(),
             swaps=traffic.swaps,
             restored=verified.restored,
             overheads=overheads,

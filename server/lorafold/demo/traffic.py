@@ -7,7 +7,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 
-from lorafold.client import AsyncClient
+from lorafold.client import Answer, AsyncClient
 from lorafold.demo.tasks import held_out
 from lorafold.v1 import deployment_pb2 as pb
 
@@ -42,8 +42,11 @@ class Traffic:
         self._deployments = deployments
         self._swap_between = swap_between
         self._rng = random.Random(seed)
+        self._swapping = asyncio.Lock()
         self._folders: dict[str, str] = {"": ""}
-        self.outcomes: list[Outcome] = []
+        """Of each adapter that was deployed, by digest."""
+        self._answers: list[tuple[str, str, Answer]] = []
+        """Deployment, prompt, answer."""
         self.swaps = 0
 
     async def run(self, requests: int) -> None:
@@ -68,23 +71,29 @@ class Traffic:
             if cancel and pieces == 4:
                 stream.cancel()
                 break
-        answer = stream.answer
+        self._answers.append((deployment, prompt, stream.answer))
+
+    def outcomes(self) -> list[Outcome]:
+        """Once all swaps are over: before, an answer may come of an adapter of which only the server knows."""
+        return [self._outcome(*each) for each in self._answers]
+
+    def _outcome(self, deployment: str, prompt: str, answer: Answer) -> Outcome:
         done = answer.finished.HasField("answered_by")
-        self.outcomes.append(
-            Outcome(
-                deployment=deployment,
-                prompt=prompt,
-                text=answer.text,
-                token_ids=answer.token_ids,
-                adapter=self._folders[answer.started.answered_by.adapter_digest],
-                mode=answer.mode if done else "",
-                cancelled=not done,
-            )
+        return Outcome(
+            deployment=deployment,
+            prompt=prompt,
+            text=answer.text,
+            token_ids=answer.token_ids,
+            adapter=self._folders[answer.started.answered_by.adapter_digest],
+            mode=answer.mode if done else "",
+            cancelled=not done,
         )
 
     async def _swap(self) -> None:
-        path = self._swap_between[self.swaps % len(self._swap_between)]
-        self.swaps += 1
-        wanted = pb.Deployment(name=LIVE, adapter_path=path)
-        swapped = await self._client.stubs.deployments.UpdateDeployment(pb.UpdateDeploymentRequest(deployment=wanted))
-        self._folders[swapped.deployment.adapter_digest] = path
+        """One at a time: the server refuses to change a deployment that is being changed."""
+        async with self._swapping:
+            path = self._swap_between[self.swaps % len(self._swap_between)]
+            wanted = pb.UpdateDeploymentRequest(deployment=pb.Deployment(name=LIVE, adapter_path=path))
+            swapped = await self._client.stubs.deployments.UpdateDeployment(wanted)
+            self._folders[swapped.deployment.adapter_digest] = path
+            self.swaps += 1

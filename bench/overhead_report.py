@@ -1,0 +1,127 @@
+"""What `bench.overhead` says of what it timed. Knows names of variants, no models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from bench.grid import Cell
+from bench.roofline import Extra
+from lorafold_adapters.overhead import FEWEST, interval
+
+PRECISION = 0.04
+"""Width of an interval over the ratio that is wanted."""
+RATIOS = {
+    "unmerged_over_merged": ("unmerged", "merged"),
+    "peft_unmerged_over_merged": ("peft_unmerged", "peft_merged"),
+    "merged_over_base": ("merged_block", "base"),
+    "transformers_over_base": ("transformers", "base"),
+    "peft_unmerged_over_unmerged": ("peft_unmerged", "unmerged"),
+}
+"""A ratio's name: the variant above, and the one below."""
+BLOCKS = ("base", "merged_block", "transformers")
+"""Timed over and over, once in a round."""
+TIMED = ("merged", "unmerged", "peft_merged", "peft_unmerged", *BLOCKS)
+WANTED = ("unmerged_over_merged", "peft_unmerged_over_merged")
+"""Those that must be known well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What a device gives in one dtype."""
+
+    bandwidth: float
+    """Bytes read per second."""
+    products: float
+    """Operations per second in matrix products."""
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Round for round."""
+    return [one / other for one, other in zip(above, below, strict=True)]
+
+
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    """The median, and its 95 % interval unless there are too few values."""
+    found = {"median": round(median(values), 4)}
+    if len(values) >= FEWEST:
+        found["low"], found["high"] = (round(bound, 4) for bound in interval(values))
+    return found
+
+
+def width(about: Mapping[str, float]) -> float:
+    """Of an interval, over the ratio."""
+    return (about["high"] - about["low"]) / about["median"]
+
+
+def tight(seconds: Mapping[str, Sequence[float]]) -> bool:
+    """True once the wanted ratios are known well enough."""
+    return all(width(estimate(ratios(*(seconds[name] for name in RATIOS[key])))) <= PRECISION for key in WANTED)
+
+
+def found(cell: Cell, seconds: Mapping[str, Sequence[float]], more: Extra, rates: Rates) -> dict[str, Any]:
+    """Everything that is said of one cell. `limit`: the ratio if low-rank paths ran at the device's full rates."""
+    merged = median(seconds["merged"])
+    return {
+        "key": cell.key,
+        **asdict(cell.group),
+        "batch": cell.batch,
+        "adapters": cell.adapters,
+        "pairs": len(seconds["merged"]),
+        **{key: estimate(ratios(seconds[above], seconds[below])) for key, (above, below) in RATIOS.items()},
+        "limit": round(1 + more.seconds(rates.bandwidth, rates.products) / merged, 4),
+        "milliseconds": {name: round(median(taken) * 1e3, 4) for name, taken in seconds.items()},
+    }
+
+
+def show(result: Mapping[str, Any], *, absolute: bool) -> None:
+    """A line for one cell; milliseconds only where they are worth something."""
+    ours, peft = (result[name] for name in WANTED)
+    print(
+        f"{result['key']}: unmerged over merged {said(ours)}, limit {result['limit']:.3f}, PEFT {said(peft)}; "
+        f"merged over base {said(result['merged_over_base'])}, transformers over base "
+        f"{result['transformers_over_base']['median']:.2f}, {result['pairs']} pairs"
+        + (f", ms {result['milliseconds']}" if absolute else ""),
+        flush=True,
+    )
+
+
+def said(about: Mapping[str, float]) -> str:
+    """`1.052 [1.040, 1.061]`, the interval if there is one."""
+    return f"{about['median']:.3f}" + (f" [{about['low']:.3f}, {about['high']:.3f}]" if "low" in about else "")
+
+
+def headline(results: Sequence[Mapping[str, Any]], timings: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """The keys that a reader looks for first, by cell; `merged_over_base` is of the rounds of all cells."""
+    pooled = [
+        value
+        for seconds in timings.values()
+        for value in ratios(*(seconds[name] for name in RATIOS["merged_over_base"]))
+    ]
+    every = estimate(pooled)
+    return {
+        "unmerged_over_merged": {each["key"]: each["unmerged_over_merged"]["median"] for each in results},
+        "ci95": {each["key"]: bounds(each["unmerged_over_merged"]) for each in results},
+        "peft_unmerged_over_merged": {each["key"]: each["peft_unmerged_over_merged"]["median"] for each in results},
+        "peft_ci95": {each["key"]: bounds(each["peft_unmerged_over_merged"]) for each in results},
+        "merged_over_base": every["median"],
+        "merged_over_base_ci95": bounds(every),
+        "limit": {each["key"]: each["limit"] for each in results},
+        "missed": [line for each in results for line in missed(each)],
+        "cells": list(results),
+    }
+
+
+def bounds(about: Mapping[str, float]) -> list[float]:
+    """Of the interval."""
+    return [about["low"], about["high"]]
+
+
+def missed(result: Mapping[str, Any]) -> Iterator[str]:
+    """A line for people for each aim that one cell does not reach."""
+    ours, peft = (result[name] for name in WANTED)
+    for name, about in zip(WANTED, (ours, peft), strict=True):
+        if width(about) > PRECISION:
+            yield f"{result['key']}: {name} is known to {width(about):.1%}, should be {PRECISION:.0%} at most"
+    if ours["median"] >= peft["median"]:
+        yield f"{result['key']}: unmerged costs {ours['median']} times merged, PEFT's {peft['median']}"
