@@ -3,12 +3,13 @@
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from lorafold_adapters.provenance import installed
 
 
 def describe(device: torch.device, model: PreTrainedModel) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def describe(device: torch.device, model: PreTrainedModel) -> dict[str, Any]:
         "parameters_m": round(model.num_parameters() / 1e6, 1),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lorafold")},
+        "versions": {name: installed(name) for name in ("torch", "transformers", "peft", "lorafold")},
         "commit": commit(),
         "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
@@ -38,5 +39,8 @@ def cpu_name() -> str:
 
 def commit() -> str:
     """The commit measured, or 'unknown' outside a checkout."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"

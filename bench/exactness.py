@@ -22,8 +22,9 @@ from transformers import LlamaForCausalLM
 
 from bench.adapters import KINDS, write_adapter
 from bench.environment import describe
-from bench.models import attach, placed, saved, tiny, undo_kinds
+from bench.models import attach, placed, saved, tiny, undo_kinds, weight_bytes
 from bench.peft_drift import Drift, drift
+from bench.rounds import record
 from bench.trial import Trial
 from lorafold.model import pick_device
 from lorafold_adapters.undo_kinds import UndoKind
@@ -95,6 +96,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer folds: under a minute")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--record", action="store_true", help="keep every count under bench/results/")
     return parser.parse_args()
 
 
@@ -105,6 +107,8 @@ def main() -> int:
     device = pick_device(arguments.device)
     undos = undo_kinds(device)
     folds = math.ceil((QUICK_FOLDS if arguments.quick else FOLDS) / (len(DTYPES) * len(undos)))
+    bits, every = 8 * weight_bytes(tiny()), folds * len(DTYPES) * len(undos)
+    print(f"limit: after none of {every:,} folds may one of {bits:,} bits (in fp32) differ")
     trials: dict[str, dict[str, Trial]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         adapters = written(Path(scratch))
@@ -116,7 +120,15 @@ def main() -> int:
         peft = drift(planted(device, torch.bfloat16), adapters, trials["bfloat16"][undos[0]].sequence)
     print(peft.sentence())
     result = report(trials, peft, undos[0])
-    print(json.dumps({**result, **describe(device, tiny()), "dtype": list(trials)}))
+    result |= {**describe(device, tiny()), "dtype": list(trials)}
+    if arguments.record:
+        points = (
+            {"dtype": dtype, "undo": undo, "adapters": trial.sequence, **trial.details()}
+            for dtype, by_kind in trials.items()
+            for undo, trial in by_kind.items()
+        )
+        print(f"every fold: {record('exactness', result, points)}")
+    print(json.dumps(result))
     return 0 if result["base_bitwise_equal"] else 1
 
 

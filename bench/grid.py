@@ -51,7 +51,7 @@ class Grid:
     ranks: tuple[int, ...] = (4, 8, 16, 64, 256)
     batches: tuple[int, ...] = (1, 8, 32, 64)
     adapters: tuple[int, ...] = (1, 8, 32)
-    seconds: float = 4.0
+    seconds: float = 6.0
     """Of one cell, after which it is left as it is."""
 
     def groups(self) -> Iterator[Group]:
@@ -66,7 +66,7 @@ class Grid:
                 yield Cell(group=group, batch=batch, adapters=adapters)
 
 
-QUICK = Grid(dtypes=("float32",), targets=("all",), ranks=(16,), batches=(1, 8, 32), adapters=(1, 8), seconds=14.0)
+QUICK = Grid(dtypes=("float32",), targets=("all",), ranks=(16,), batches=(1, 8, 16), adapters=(1, 8), seconds=14.0)
 
 
 def parsed(description: str | None) -> argparse.Namespace:

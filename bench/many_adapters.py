@@ -30,7 +30,7 @@ from bench.load import Load, Reply, served_from
 from bench.low_rank import write_low_rank
 from bench.models import SHAPES, shaped
 from bench.replay import percentile
-from bench.rounds import ratio, record
+from bench.rounds import ratio, record, series
 from bench.servers import Server, served
 from bench.serving import ask, clients, server_tables, write_base
 from bench.targets import missed
@@ -199,7 +199,7 @@ def main() -> None:
     for line in missed(result, device.type):
         print(f"below target: {line}")
     if arguments.record:
-        print(f"every timing: {record('many_adapters', result, every)}")
+        print(f"every timing: {record('many_adapters', result, series(every))}")
     print(json.dumps(result))
 
 

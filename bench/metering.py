@@ -31,7 +31,7 @@ from bench.engines import Driven, engine_of
 from bench.environment import describe
 from bench.low_rank import write_low_rank
 from bench.models import SHAPES, shaped
-from bench.rounds import Timing, measure, ratio, record
+from bench.rounds import Timing, measure, ratio, record, series
 from bench.serving import tokenizer_of
 from bench.targets import missed
 from bench.work import drawn
@@ -188,7 +188,7 @@ def main() -> None:
     for line in missed(headline, device.type):
         print(f"below target: {line}")
     if arguments.record:
-        print(f"every timing: {record('metering', result, {'float32': seconds})}")
+        print(f"every timing: {record('metering', result, series({'float32': seconds}))}")
     print(json.dumps(result))
 
 

@@ -29,9 +29,9 @@ from bench.environment import describe
 from bench.grid import TARGETS, Cell, Grid, Group, parsed, planned
 from bench.low_rank import write_low_rank
 from bench.models import shaped
-from bench.overhead_report import BLOCKS, PRECISION, TIMED, Rates, found, headline, show, tight
+from bench.overhead_report import BLOCKS, PRECISION, TIMED, Rates, Seconds, found, headline, show, tight
 from bench.roofline import Extra, Memory, extra, product_rate
-from bench.rounds import record, stopwatch
+from bench.rounds import record, series, stopwatch
 from lorafold.config import LogConfig
 from lorafold.logs import set_up_logging
 from lorafold.model import pick_device
@@ -43,7 +43,6 @@ LEAST = 3
 """Rounds."""
 TOLERANCE = 1e-3
 """Of fp32 logits of ours and PEFT's, over the largest."""
-Seconds = dict[str, list[float]]
 
 
 class Bed:
@@ -60,8 +59,8 @@ class Bed:
         self.ours = Ours(model, prompts_BT)
         self._names: list[str] = []
 
-    def put_on(self, group: Group, adapters: int) -> None:
-        """Adapters of this rank on these layers instead of those before."""
+    def put_on(self, group: Group, adapters: int) -> list[Path]:
+        """Adapters of this rank on these layers instead of those before; their folders."""
         folder = self._scratch / f"{group.targets}-{group.rank}-{group.dtype}"
         folder.mkdir()
         targets = TARGETS[group.targets]
@@ -72,6 +71,7 @@ class Bed:
         self.ours.replace(folders)
         self.theirs.replace(folders)
         self._names = [each.name for each in folders]
+        return folders
 
     def steps(self, cell: Cell) -> dict[str, Step]:
         """The variants of a cell, by name."""
@@ -226,7 +226,7 @@ def main() -> None:
     for line in result["missed"]:
         print(f"below target: {line}")
     if arguments.record:
-        print(f"every timing: {record('overhead', result, seconds)}")
+        print(f"every timing: {record('overhead', result, series(seconds))}")
     print(json.dumps(result))
 
 

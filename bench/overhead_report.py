@@ -22,6 +22,8 @@ RATIOS = {
 BLOCKS = ("base", "merged_block", "transformers")
 """Timed over and over, once in a round."""
 TIMED = ("merged", "unmerged", "peft_merged", "peft_unmerged", *BLOCKS)
+Seconds = dict[str, list[float]]
+"""By variant."""
 WANTED = ("unmerged_over_merged", "peft_unmerged_over_merged")
 """Those that must be known well."""
 

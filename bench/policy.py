@@ -35,7 +35,7 @@ from bench.environment import describe
 from bench.low_rank import write_low_rank
 from bench.models import SHAPES, shaped
 from bench.replay import Traffic, replay, summary
-from bench.rounds import ratio, record
+from bench.rounds import ratio, record, series
 from bench.serving import tokenizer_of
 from bench.work import drawn
 from lorafold.config import LogConfig
@@ -232,7 +232,7 @@ def main() -> None:
             kind: {policy.value: [statistics.fmean(each) for each in rounds] for policy, rounds in of.items()}
             for kind, of in found.items()
         }
-        print(f"every mean: {record('policy', result, points)}")
+        print(f"every mean: {record('policy', result, series(points))}")
     print(json.dumps(result))
 
 

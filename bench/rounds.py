@@ -5,7 +5,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,20 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
 
 
-def record(theme: str, result: Mapping[str, Any], seconds: Mapping[str, Mapping[str, list[float]]]) -> Path:
-    """Keeps the result, then every timing, round for round, as JSON lines in a file of its own; returns the file."""
+def record(theme: str, result: Mapping[str, Any], points: Iterable[Mapping[str, Any]]) -> Path:
+    """Keeps the result, then every point, as JSON lines in a file of its own; returns the file."""
     hardware = re.sub(r"[^a-z0-9]+", "-", str(result["hardware"]).lower()).strip("-")
     file = unused(RESULTS / f"{theme}_{hardware}_{datetime.now(UTC):%Y-%m-%d}.jsonl")
-    points = (
-        {"case": case, "variant": variant, "seconds": [float(f"{taken:.6g}") for taken in timings]}
-        for case, variants in seconds.items()
-        for variant, timings in variants.items()
-    )
     RESULTS.mkdir(exist_ok=True)
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (result, *points)))
     return file
+
+
+def series(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[dict[str, Any]]:
+    """Points for `record`: the times of each variant in each case, in the order in which they were taken."""
+    for case, variants in seconds.items():
+        for variant, taken in variants.items():
+            yield {"case": case, "variant": variant, "seconds": [float(f"{each:.6g}") for each in taken]}
 
 
 def unused(file: Path) -> Path:

@@ -16,6 +16,8 @@ class Server:
     """One that answers."""
 
     address: str
+    metrics: str
+    """URL of its page."""
     process: int
 
     @property
@@ -32,7 +34,7 @@ def served(file: Path, tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Serv
     command = [sys.executable, "-m", "lorafold", "serve", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield Server(said_address(process), process.pid)
+            yield said(process)
         finally:
             process.terminate()
 
@@ -42,10 +44,13 @@ def table(name: str, values: Mapping[str, Any]) -> str:
     return "\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]) + "\n"
 
 
-def said_address(process: "subprocess.Popen[str]") -> str:
+def said(process: "subprocess.Popen[str]") -> Server:
     """Where it serves, once it does."""
     assert process.stdout is not None
+    address = ""
     for line in process.stdout:
         if line.startswith("serving on "):
-            return line.split()[2]
+            address = line.split()[2]
+        if line.startswith("metrics at "):
+            return Server(address=address, metrics=line.split()[2].removesuffix("/metrics"), process=process.pid)
     raise RuntimeError("the server ended; what it said is above")

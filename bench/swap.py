@@ -25,7 +25,7 @@ import torch
 from bench.adapters import ALL_LINEAR, STRENGTH, write_adapter
 from bench.environment import describe
 from bench.models import llama, saved, undo_kinds
-from bench.rounds import measure, ratio, record
+from bench.rounds import measure, ratio, record, series
 from bench.swap_variants import LAYERS, Floor, Folding, drawn, floor_of, folding_of, peft_of
 from lorafold.model import pick_device
 from lorafold_adapters.undo_kinds import UndoKind
@@ -149,7 +149,7 @@ def main() -> None:
     asked = {"rank": arguments.rank, "rounds": rounds}
     result = {**reported(results, device), **milliseconds(device, seconds), **asked}
     if arguments.record:
-        print(f"every timing: {record('swap', result, seconds)}")
+        print(f"every timing: {record('swap', result, series(seconds))}")
     print(json.dumps(result))
 
 

@@ -26,7 +26,7 @@ from bench.load import Load, Reply, Served, Swaps, served_from
 from bench.low_rank import write_low_rank
 from bench.models import SHAPES, shaped
 from bench.pauses import Timeline, over_fold_time
-from bench.rounds import measure, ratio, record
+from bench.rounds import measure, ratio, record, series
 from bench.serving import ask, clients, server_config, write_base
 from bench.targets import missed
 from bench.watched import Watched, watched
@@ -184,7 +184,7 @@ def main() -> None:
         pauses = {name: [p.seconds for each in of for p in each.pauses] for name, of in seen.timelines.items()}
         changes = {name: [taken for each in of for taken in each.changes] for name, of in seen.timelines.items()}
         points = {"seconds per token": seen.seconds, "pauses": pauses, "changes": changes}
-        print(f"every timing: {record('swap_under_load', result, points)}")
+        print(f"every timing: {record('swap_under_load', result, series(points))}")
     print(json.dumps(result))
 
 

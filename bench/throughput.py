@@ -27,7 +27,7 @@ from bench.environment import describe
 from bench.models import shaped
 from bench.plans import CLIENTS, Plan, Stream
 from bench.roofline import Memory, bytes_per_step
-from bench.rounds import ratio, record
+from bench.rounds import ratio, record, series
 from bench.targets import missed
 from bench.teams import release_team
 from bench.work import drawn, steps_of
@@ -142,7 +142,7 @@ def main() -> None:
     if plan.left_out:
         print(f"left out: {'; '.join(plan.left_out)}")
     if arguments.record:
-        print(f"every timing: {record('throughput', result, seconds)}")
+        print(f"every timing: {record('throughput', result, series(seconds))}")
     print(json.dumps(result))
 
 

@@ -1,12 +1,11 @@
 """What the engine does: steps, rows, cache."""
 
-from importlib.metadata import version
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lorafold.engine.observer import Load, Phase
 from lorafold.metrics.labels import STEP_BUCKETS, short
 from lorafold_adapters.policy import Mode
+from lorafold_adapters.provenance import installed
 
 
 class EngineMetrics:
@@ -43,7 +42,7 @@ class EngineMetrics:
 
     def serving(self, *, model: str, base: str, dtype: str, device: str) -> None:
         """What is served, from now on. `base`: its fingerprint."""
-        self._server.labels(model, short(base), dtype, device, version("lorafold")).set(1)
+        self._server.labels(model, short(base), dtype, device, installed("lorafold")).set(1)
 
     def step(self, phase: Phase, mode: Mode, seconds: float) -> None:
         """One forward step ran."""

@@ -1,0 +1,154 @@
+"""Whether a server's own gauge of the unmerged path says what `bench.overhead` finds, on the same model and machine.
+
+    python -m bench.gauge [--rounds 3] [--shape short] [--device cpu]
+
+A server with eight deployments of rank 16 measures itself (`MeasureOverhead`); between its measurements this process
+measures the same cells as `bench.overhead` does, while the server has nothing to do. Then the server's gauge is read
+from its metrics page. Exit status 1 unless each of its intervals meets ours. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from transformers.utils import logging
+
+from bench.environment import describe
+from bench.grid import Cell, Grid, Group
+from bench.models import shaped
+from bench.overhead import CONTEXT, Bed, measure, skeleton
+from bench.overhead_report import RATIOS, Seconds, estimate, ratios
+from bench.servers import Server, served
+from bench.serving import server_tables, write_base
+from bench.teams import release_team
+from lorafold.client import Client
+from lorafold.model import pick_device
+from lorafold.v1 import deployment_pb2, weights_pb2
+
+RANK = 16
+CELLS = ((1, 1), (8, 1), (8, 8))
+"""Rows, and distinct adapters."""
+GAUGE = "lorafold_unmerged_overhead_ratio"
+Interval = tuple[float, float]
+
+
+def create(server: Server, folders: Sequence[Path]) -> None:
+    """One deployment for each adapter."""
+    with Client(server.address) as client:
+        for folder in folders:
+            made = deployment_pb2.Deployment(
+                name=folder.name, adapter_path=str(folder), policy=deployment_pb2.POLICY_UNMERGED
+            )
+            client.stubs.deployments.CreateDeployment(deployment_pb2.CreateDeploymentRequest(deployment=made))
+
+
+def measure_live(server: Server) -> None:
+    """The server measures all cells anew."""
+    asked = weights_pb2.MeasureOverheadRequest(
+        batches=sorted({batch for batch, _ in CELLS}),
+        adapters=sorted({adapters for _, adapters in CELLS}),
+        ranks=[RANK],
+        contexts=[CONTEXT],
+    )
+    with Client(server.address) as client:
+        for _ in client.stubs.weights.MeasureOverhead(asked):
+            pass
+
+
+def read_gauge(server: Server) -> dict[tuple[int, int], Interval]:
+    """The interval of each cell, from the page that Prometheus reads."""
+    with urllib.request.urlopen(f"{server.metrics}/metrics") as page:
+        families = list(text_string_to_metric_families(page.read().decode()))
+    ends: dict[str, dict[tuple[int, int], float]] = {"low": {}, "high": {}}
+    for family in families:
+        for sample in family.samples:
+            for end, found in ends.items():
+                if sample.name == f"{GAUGE}_{end}":
+                    found[int(sample.labels["batch"]), int(sample.labels["adapters"])] = sample.value
+    return {cell: (low, ends["high"][cell]) for cell, low in ends["low"].items()}
+
+
+def meet(one: Interval, other: Interval) -> bool:
+    """True if the intervals have a point in common."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def run(shape: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Both intervals of each cell. The server's is the last of its measurements, as anybody would read it."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    group = Group(dtype=dtype, targets="all", rank=RANK)
+    grid = Grid(batches=tuple(sorted({batch for batch, _ in CELLS})))
+    offline: dict[tuple[int, int], list[Seconds]] = {cell: [] for cell in CELLS}
+    live: dict[tuple[int, int], list[Interval]] = {cell: [] for cell in CELLS}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        write_base(shaped(shape, device, getattr(torch, dtype)), scratch / "base")
+        bed = Bed(shape, device, getattr(torch, dtype), grid, scratch)
+        folders = bed.put_on(group, max(adapters for _, adapters in CELLS))
+        tables = server_tables(scratch / "base", device) | {"log": {"level": "warning"}}
+        tables["base"]["dtype"] = dtype
+        with served(scratch / "lorafold.toml", tables) as server:
+            create(server, folders)
+            for _ in range(rounds):
+                release_team()
+                measure_live(server)
+                gauge = read_gauge(server)
+                for cell in CELLS:
+                    live[cell].append(gauge[cell])
+                    steps = bed.steps(Cell(group=group, batch=cell[0], adapters=cell[1]))
+                    offline[cell].append(measure(steps, device, grid.seconds))
+    return [compared(cell, offline[cell], live[cell]) for cell in CELLS]
+
+
+def compared(cell: tuple[int, int], offline: Sequence[Seconds], live: Sequence[Interval]) -> dict[str, Any]:
+    """What both say of a cell: the bench over all rounds, the gauge each time."""
+    above, below = RATIOS["unmerged_over_merged"]
+    values = [value for seconds in offline for value in ratios(seconds[above], seconds[below])]
+    about = estimate(values)
+    bench = (about["low"], about["high"])
+    gauge = (median(low for low, _ in live), median(high for _, high in live))
+    return {
+        "rows": cell[0],
+        "adapters": cell[1],
+        "bench": [round(end, 3) for end in bench],
+        "gauge": [round(end, 3) for end in gauge],
+        "gauge_each_time": [[round(low, 3), round(high, 3)] for low, high in live],
+        "agree": meet(bench, gauge),
+    }
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", help="8b on a GPU, short on a CPU, unless given")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    logging.set_verbosity_error()
+    device = pick_device(arguments.device)
+    shape = arguments.shape or ("8b" if device.type == "cuda" else "short")
+    found = run(shape, device, arguments.rounds)
+    for each in found:
+        verdict = "agree" if each["agree"] else "DISAGREE"
+        print(
+            f"{each['rows']} rows, {each['adapters']} adapters: bench {each['bench']}, gauge {each['gauge']}: {verdict}"
+        )
+    agree = all(each["agree"] for each in found)
+    print(
+        json.dumps({"agree": agree, "cells": found, "rank": RANK, "shape": shape, **describe(device, skeleton(shape))})
+    )
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Draws the pictures of bench/results from the result files there, and from nothing else.
+
+    python -m bench.plots
+
+For each theme the newest file counts. One SVG and one PNG each, transparent, in colours that can be read on white and
+on black.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.rounds import RESULTS
+
+GREY = "#848d97"
+COLOURS = ("#3b82f6", "#d97706", "#16a34a", "#8b5cf6", "#ef4444")
+"""Each at least three times as bright as black, or white as bright as it (WCAG 1.4.11)."""
+STYLE: Any = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lorafold",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("grid.color", "legend.labelcolor"), GREY),
+}
+Result = dict[str, Any]
+
+
+def newest(theme: str, folder: Path = RESULTS) -> Result:
+    """The first line of the newest file of a theme. Raises FileNotFoundError."""
+    files = [file for file in folder.glob(f"{theme}_*.jsonl") if not file.name.startswith(f"{theme}_under")]
+    if not files:
+        raise FileNotFoundError(f"no result of bench.{theme} in {folder}: run it with --record")
+    latest = max(files, key=lambda file: (file.stem.split("_")[-2:], file.stem))
+    with latest.open() as lines:
+        found: Result = json.loads(next(lines))
+    return found
+
+
+def overhead(result: Result) -> Figure:
+    """Against rank for one adapter, and against batch for several; with the limit, and PEFT's."""
+    cells = [cell for cell in result["cells"] if (cell["dtype"], cell["targets"]) == ("float32", "all")]
+    figure, (left, right) = panels(result, "a decode step unmerged, over merged")
+    for colour, batch in zip(COLOURS, sorted({cell["batch"] for cell in cells}), strict=False):
+        own = [cell for cell in cells if (cell["batch"], cell["adapters"]) == (batch, 1)]
+        curves(left, own, "rank", colour, f"{batch} rows")
+    for colour, adapters in zip(COLOURS, sorted({cell["adapters"] for cell in cells}), strict=False):
+        own = [cell for cell in cells if (cell["rank"], cell["adapters"]) == (16, adapters)]
+        curves(right, own, "batch", colour, f"{adapters} adapter{'s' * (adapters > 1)}")
+    left.set(xlabel="rank, 1 adapter", ylabel="unmerged over merged")
+    right.set(xlabel="rows, rank 16")
+    for axes, name in ((left, "rank"), (right, "batch")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({cell[name] for cell in cells}), map(str, sorted({cell[name] for cell in cells})))
+        axes.minorticks_off()
+        for style, label in (("--", "PEFT"), (":", "limit")):
+            axes.plot([], [], style, color=GREY, label=label)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def curves(axes: Axes, cells: Sequence[Result], by: str, colour: str, label: str) -> None:
+    """Ours with its intervals, PEFT's, and the limit."""
+    cells = sorted(cells, key=lambda cell: int(cell[by]))
+    x = [cell[by] for cell in cells]
+    ours = [cell["unmerged_over_merged"] for cell in cells]
+    axes.plot(x, [each["median"] for each in ours], "o-", color=colour, label=label, markersize=4)
+    axes.fill_between(x, [each["low"] for each in ours], [each["high"] for each in ours], color=colour, alpha=0.2)
+    peft = [cell["peft_unmerged_over_merged"]["median"] for cell in cells]
+    axes.plot(x, peft, "--", color=colour, linewidth=1)
+    axes.plot(x, [cell["limit"] for cell in cells], ":", color=colour, linewidth=1.2)
+
+
+def swap(result: Result) -> Figure:
+    """Swapping and unfolding by kind of undo, and PEFT's, over a plain copy of the same weights."""
+    figure, plots = panels(result, "replacing a folded adapter, over a copy of the weights that it changes")
+    for axes, (dtype, kinds) in zip(plots, result["all"].items(), strict=True):
+        labels = [*kinds, "PEFT"]
+        last = next(reversed(kinds.values()))
+        for offset, name, colour in ((-0.2, "swap_over_floor", COLOURS[0]), (0.2, "unmerge_over_floor", COLOURS[2])):
+            places = [place + offset for place in range(len(kinds))]
+            bars(axes, places, list(kinds.values()), name, colour, name.removesuffix("_over_floor"))
+        bars(axes, [len(kinds)], [last], "peft_over_floor", COLOURS[1], "PEFT: unmerge, merge")
+        axes.axhline(1, color=GREY, linestyle=":", label="floor: copy_")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlabel(f"undo, {dtype}")
+        axes.legend(fontsize=8)
+    plots[0].set_ylabel("times the floor")
+    return figure
+
+
+def bars(axes: Axes, places: Sequence[float], found: Sequence[Result], name: str, colour: str, label: str) -> None:
+    """Medians with quartiles."""
+    heights = [each[name] for each in found]
+    low = [max(0.0, each[name] - each["quartiles"][name][0]) for each in found]
+    high = [max(0.0, each["quartiles"][name][1] - each[name]) for each in found]
+    axes.bar(places, heights, 0.38, color=colour, alpha=0.85, label=label, yerr=[low, high], ecolor=GREY)
+
+
+def fidelity(points: Iterable[Result], result: Result) -> Figure:
+    """What gets lost, and what that does to accuracy, against the size of the delta."""
+    sizes = [point for point in points if point["part"] == "sizes"]
+    figure, (left, right) = panels(result, "adapters of the demo set, made weaker, folded")
+    for colour, dtype in zip(COLOURS, dict.fromkeys(point["dtype"] for point in sizes), strict=False):
+        for task in dict.fromkeys(point["task"] for point in sizes):
+            for mode, style in (("merged", "o-"), ("unmerged", "--")):
+                own = [each for each in sizes if (each["dtype"], each["task"], each["mode"]) == (dtype, task, mode)]
+                own.sort(key=lambda each: float(each["delta_over_weight"]))
+                x = [each["delta_over_weight"] for each in own]
+                named = {"label": f"{dtype}, {mode}"} if task == sizes[0]["task"] else {}
+                options: Result = {"color": colour, "markersize": 3, "linewidth": 1.2, **named}
+                left.plot(x, [max(each["delta_error"], 1e-8) for each in own], style, **options)
+                right.plot(x, [each["accuracy"] for each in own], style, **options)
+    left.axhline(0.25, color=GREY, linestyle=":")
+    left.set(xlabel="rms(delta) / rms(weight)", ylabel="error of the delta that arrives", xscale="log", yscale="log")
+    right.set(xlabel="rms(delta) / rms(weight)", ylabel="accuracy of what arrives", xscale="log")
+    left.legend(fontsize=7)
+    return figure
+
+
+def panels(result: Result, title: str) -> tuple[Figure, Sequence[Axes]]:
+    """Two plots side by side, and above them what was measured on what."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    versions = result["versions"]
+    on = f"{result['hardware']}, torch {versions['torch']}, PEFT {versions['peft']}, {result['commit']}"
+    figure.suptitle(f"{title}\n", fontsize=11)
+    figure.text(0.5, 0.9, f"{result['command']}; {on}", ha="center", fontsize=7.5)
+    return figure, figure.subplots(1, 2)
+
+
+def points_of(theme: str, folder: Path = RESULTS) -> list[Result]:
+    """All lines but the first of the newest file of a theme."""
+    wanted = newest(theme, folder)
+    for file in folder.glob(f"{theme}_*.jsonl"):
+        lines = file.read_text().splitlines()
+        if json.loads(lines[0]) == wanted:
+            return [json.loads(line) for line in lines[1:]]
+    return []
+
+
+PICTURES: dict[str, Callable[[Path], Figure]] = {
+    "overhead": lambda folder: overhead(newest("overhead", folder)),
+    "swap": lambda folder: swap(newest("swap", folder)),
+    "fidelity": lambda folder: fidelity(points_of("fidelity", folder), newest("fidelity", folder)),
+}
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Draws everything; the files."""
+    files = []
+    with mpl.rc_context(STYLE):
+        for name, picture in PICTURES.items():
+            figure = picture(results)
+            for file in (folder / f"{name}.svg", folder / f"{name}.png"):
+                metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
+                figure.savefig(file, transparent=True, dpi=160, metadata=metadata)
+                files.append(file)
+    return files
+
+
+def main() -> None:
+    """Draws."""
+    for file in draw(RESULTS, RESULTS):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
