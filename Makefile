@@ -28,7 +28,8 @@ protos: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench.exactness --quick
 	$(BIN)/python -m bench.swap --quick
-	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.overhead --quick
+	$(BIN)/python -m bench.fidelity --quick
 	$(BIN)/python -m bench.throughput --quick
 	$(BIN)/python -m bench.swap_under_load --quick
 	$(BIN)/python -m bench.policy --quick

@@ -5,6 +5,7 @@ be checked that they computed the same.
 """
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ class Theirs:
     def replace(self, folders: Sequence[Path]) -> None:
         """Takes these adapters instead of the ones before, while the tensors are those of the base."""
         self._beside = self._inside = None
+        gc.collect()
         self._beside = peft_model(shell(self._plain), folders)
         self._inside = peft_model(copy.deepcopy(self._plain), folders[:1])
         self._inside.merge_adapter()

@@ -25,7 +25,8 @@ from transformers.utils import logging
 from bench.environment import describe
 from bench.grid import Cell, Grid, Group
 from bench.models import shaped
-from bench.overhead import CONTEXT, Bed, measure, skeleton
+from bench.overhead import measure, skeleton
+from bench.overhead_bed import CONTEXT, Bed
 from bench.overhead_report import RATIOS, Seconds, estimate, ratios
 from bench.servers import Server, served
 from bench.serving import server_tables, write_base

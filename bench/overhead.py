@@ -20,104 +20,60 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from bench.decode_steps import Ours, Step, Theirs
+from bench.decode_steps import Step
 from bench.environment import describe
-from bench.grid import TARGETS, Cell, Grid, Group, parsed, planned
-from bench.low_rank import write_low_rank
+from bench.grid import TARGETS, Cell, Grid, parsed, planned
 from bench.models import shaped
-from bench.overhead_report import BLOCKS, PRECISION, TIMED, Rates, Seconds, found, headline, show, tight
+from bench.overhead_bed import CONTEXT, Bed, same
+from bench.overhead_report import (
+    BLOCKS,
+    PRECISION,
+    RATIOS,
+    TIMED,
+    WANTED,
+    Rates,
+    Seconds,
+    found,
+    headline,
+    known,
+    show,
+)
 from bench.roofline import Extra, Memory, extra, product_rate
 from bench.rounds import record, series, stopwatch
 from lorafold.config import LogConfig
 from lorafold.logs import set_up_logging
 from lorafold.model import pick_device
 
-CONTEXT = 64
 PAIRS = 6
 """Of each kind in one round."""
 LEAST = 3
-"""Rounds."""
-TOLERANCE = 1e-3
-"""Of fp32 logits of ours and PEFT's, over the largest."""
-
-
-class Bed:
-    """A model of one dtype with everything that decodes on it."""
-
-    def __init__(self, shape: str, device: torch.device, dtype: torch.dtype, grid: Grid, scratch: Path) -> None:
-        model = shaped(shape, device, dtype)
-        self._scratch = scratch
-        self._drawn = torch.Generator().manual_seed(0)
-        self._vocabulary = model.config.vocab_size
-        prompts_BT = torch.randint(self._vocabulary, (max(grid.batches), CONTEXT), generator=self._drawn)
-        self._model = model
-        self.theirs = Theirs(model, prompts_BT)
-        self.ours = Ours(model, prompts_BT)
-        self._names: list[str] = []
-
-    def put_on(self, group: Group, adapters: int) -> list[Path]:
-        """Adapters of this rank on these layers instead of those before; their folders."""
-        folder = self._scratch / f"{group.targets}-{group.rank}-{group.dtype}"
-        folder.mkdir()
-        targets = TARGETS[group.targets]
-        folders = [
-            write_low_rank(self._model, folder / f"adapter-{seed}", seed, group.rank, targets)
-            for seed in range(adapters)
-        ]
-        self.ours.replace(folders)
-        self.theirs.replace(folders)
-        self._names = [each.name for each in folders]
-        return folders
-
-    def steps(self, cell: Cell) -> dict[str, Step]:
-        """The variants of a cell, by name."""
-        tokens = torch.randint(self._vocabulary, (cell.batch,), generator=self._drawn).tolist()
-        names = self._names[: cell.adapters]
-        self.ours.manager.unmerge_adapter()  # Their caches are filled by the base.
-        return {
-            "base": self.ours.base(tokens),
-            "merged": self.ours.merged(tokens, names[0]),
-            "unmerged": self.ours.unmerged(tokens, names, folded=names[0]),
-            "unmerged_on_base": self.ours.unmerged(tokens, names),
-            "transformers": self.theirs.plain(tokens),
-            "peft_merged": self.theirs.merged(tokens),
-            "peft_unmerged": self.theirs.unmerged(tokens, names),
-        }
-
-
-def same(steps: Mapping[str, Step]) -> None:
-    """Raises RuntimeError if a step of ours and theirs differ, or if the adapters change nothing."""
-    logits: dict[str, Tensor] = {}
-    for name, step in steps.items():
-        step.prepare()
-        logits[name] = step.run().float().clone()
-    for one, other in (("base", "transformers"), ("merged", "peft_merged"), ("unmerged_on_base", "peft_unmerged")):
-        apart = float((logits[one] - logits[other]).abs().max() / logits[other].abs().max())
-        if apart > TOLERANCE:
-            raise RuntimeError(f"{one} and {other} are {apart:.1e} apart: they did not compute the same")
-    if torch.allclose(logits["unmerged_on_base"], logits["base"], rtol=0, atol=10 * TOLERANCE):
-        raise RuntimeError("the adapters change nothing: nothing was compared")
+"""Rounds, and as many from one block of transformers' steps to the next."""
 
 
 def measure(steps: Mapping[str, Step], device: torch.device, seconds: float) -> Seconds:
     """Rounds until every ratio is known well enough, or the time is up; the k-th times of a pair belong together."""
     taken: Seconds = {name: [] for name in TIMED}
-    until, rounds = time.perf_counter() + seconds, 0
-    while rounds < LEAST or (time.perf_counter() < until and not tight(taken)):
-        turn = rounds % len(BLOCKS)
-        for name in BLOCKS[turn:] + BLOCKS[:turn]:
-            taken[name].append(block(steps[name.removesuffix("_block")], device))
-        for pair in (("merged", "unmerged"), ("peft_merged", "peft_unmerged")):
+    until, rounds, unknown = time.perf_counter() + seconds, 0, list(WANTED)
+    while rounds < LEAST or (unknown and time.perf_counter() < until):
+        for name in (("base", "merged"), ("merged", "base"))[rounds % 2]:
+            taken[BLOCKS[name]].append(block(steps[name], device))
+        for key in unknown:
+            unmerged, merged = RATIOS[key]
+            pair = (unmerged, merged) if rounds % 2 else (merged, unmerged)
             for name in pair:
                 timed(steps[name], device)
             for number in range(PAIRS):
-                for name in pair if number % 2 == rounds % 2 else pair[::-1]:
+                for name in pair if number % 2 else pair[::-1]:
                     taken[name].append(timed(steps[name], device))
+        if rounds % LEAST == 0:
+            taken["transformers"].append(block(steps["transformers"], device))
+            taken["merged_then"].append(block(steps["merged"], device))
         rounds += 1
+        unknown = [key for key in WANTED if not known(key, taken)] if rounds >= LEAST else unknown
     return taken
 
 

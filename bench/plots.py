@@ -133,8 +133,10 @@ def panels(result: Result, title: str) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     versions = result["versions"]
     on = f"{result['hardware']}, torch {versions['torch']}, PEFT {versions['peft']}, {result['commit']}"
+    measured = f"{result['command']}; {on}"
+    figure.set_label(measured)
     figure.suptitle(f"{title}\n", fontsize=11)
-    figure.text(0.5, 0.9, f"{result['command']}; {on}", ha="center", fontsize=7.5)
+    figure.text(0.5, 0.9, measured, ha="center", fontsize=7.5)
     return figure, figure.subplots(1, 2)
 
 
@@ -162,7 +164,7 @@ def draw(results: Path, folder: Path) -> list[Path]:
         for name, picture in PICTURES.items():
             figure = picture(results)
             for file in (folder / f"{name}.svg", folder / f"{name}.png"):
-                metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
+                metadata = {"Date": None, "Description": figure.get_label()} if file.suffix == ".svg" else {}
                 figure.savefig(file, transparent=True, dpi=160, metadata=metadata)
                 files.append(file)
     return files
