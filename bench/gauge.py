@@ -106,7 +106,7 @@ def run(shape: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
                 for cell in CELLS:
                     live[cell].append(gauge[cell])
                     steps = bed.steps(Cell(group=group, batch=cell[0], adapters=cell[1]))
-                    offline[cell].append(measure(steps, device, grid.seconds))
+                    offline[cell] += measure([steps], device, grid.seconds)
     return [compared(cell, offline[cell], live[cell]) for cell in CELLS]
 
 

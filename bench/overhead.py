@@ -4,9 +4,9 @@
 
 A Llama with random weights and PEFT checkpoints of random values; rows have 64 tokens in the cache. Pairs of steps,
 folded and two-path, run one right after the other, and pairs of PEFT's; between them blocks of the base's, folded, and
-transformers' steps. A cell is done when the 95 % intervals of its ratios are narrower than 4 % of them, or its time is
-up. Ratios are medians, intervals by bootstrap. First come the physical limits; the last line is one JSON object. See
-bench/README.md.
+transformers' steps. Cells take turns. One is done when the 95 % intervals of its ratios are narrower than 4 % of them;
+what is left after `--seconds` for each stays as it is. Ratios are medians, intervals by bootstrap. First come the
+physical limits; the last line is one JSON object. See bench/README.md.
 """
 
 import gc
@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,36 +50,60 @@ from lorafold.model import pick_device
 
 PAIRS = 6
 """Of each kind in one round."""
-LEAST = 3
-"""Rounds, and as many from one block of transformers' steps to the next."""
+LEAST = 5
+"""Rounds: intervals of fewer pairs are too narrow by chance too often. As many from one of transformers' blocks to the
+next."""
 
 
-def measure(steps: Mapping[str, Step], device: torch.device, seconds: float) -> Seconds:
-    """Rounds until every ratio is known well enough, or the time is up; the k-th times of a pair belong together."""
-    taken: Seconds = {name: [] for name in TIMED}
-    until, rounds, unknown = time.perf_counter() + seconds, 0, list(WANTED)
-    while rounds < LEAST or (unknown and time.perf_counter() < until):
-        for name in (("base", "merged"), ("merged", "base"))[rounds % 2]:
-            taken[BLOCKS[name]].append(block(steps[name], device))
-        for key in unknown:
-            unmerged, merged = RATIOS[key]
-            pair = (unmerged, merged) if rounds % 2 else (merged, unmerged)
-            for name in pair:
-                timed(steps[name], device)
-            for number in range(PAIRS):
-                for name in pair if number % 2 else pair[::-1]:
-                    taken[name].append(timed(steps[name], device))
-        if rounds % LEAST == 0:
-            taken["transformers"].append(block(steps["transformers"], device))
-            taken["merged_then"].append(block(steps["merged"], device))
+class Timing:
+    """One cell's times so far; the k-th times of a pair belong together."""
+
+    def __init__(self, steps: Mapping[str, Step], device: torch.device) -> None:
+        self.seconds: Seconds = {name: [] for name in TIMED}
+        self._steps = steps
+        self._device = device
+        self._rounds = 0
+
+    @property
+    def unknown(self) -> list[str]:
+        """The wanted ratios that are not known well enough."""
+        return [key for key in WANTED if self._rounds < LEAST or not known(key, self.seconds)]
+
+    def round(self) -> None:
+        """Blocks of the base and folded, pairs of what is not known yet, sometimes a block of transformers."""
+        for name in (("base", "merged"), ("merged", "base"))[self._rounds % 2]:
+            self.seconds[BLOCKS[name]].append(self._block(name))
+        for key in self.unknown:
+            self._pairs(RATIOS[key] if self._rounds % 2 else RATIOS[key][::-1])
+        if self._rounds % LEAST == 0:
+            self.seconds["transformers"].append(self._block("transformers"))
+            self.seconds["merged_then"].append(self._block("merged"))
+        self._rounds += 1
+
+    def _pairs(self, pair: Sequence[str]) -> None:
+        for name in pair:
+            timed(self._steps[name], self._device)
+        for number in range(PAIRS):
+            for name in pair if number % 2 else reversed(pair):
+                self.seconds[name].append(timed(self._steps[name], self._device))
+
+    def _block(self, name: str) -> float:
+        """Seconds of a step that runs over and over, warmed up; a median."""
+        return median([timed(self._steps[name], self._device) for _ in range(2 + PAIRS // 2)][2:])
+
+
+def measure(cells: Sequence[Mapping[str, Step]], device: torch.device, seconds: float) -> list[Seconds]:
+    """Rounds of all cells in turn, so that what a machine does meanwhile falls on each.
+
+    Until each is known well enough, or the time is up.
+    """
+    timings = [Timing(steps, device) for steps in cells]
+    until, rounds = time.perf_counter() + seconds, 0
+    while (left := [each for each in timings if each.unknown]) and (rounds < LEAST or time.perf_counter() < until):
+        for each in left:
+            each.round()
         rounds += 1
-        unknown = [key for key in WANTED if not known(key, taken)] if rounds >= LEAST else unknown
-    return taken
-
-
-def block(step: Step, device: torch.device) -> float:
-    """Seconds of a step that runs over and over, warmed up; a median."""
-    return median([timed(step, device) for _ in range(2 + PAIRS // 2)][2:])
+    return [each.seconds for each in timings]
 
 
 def timed(step: Step, device: torch.device) -> float:
@@ -138,14 +162,11 @@ def cells_of(
             for group in (each for each in grid.groups() if each.dtype == dtype):
                 cells = list(grid.cells(group))
                 bed.put_on(group, max(cell.adapters for cell in cells))
-                spare = 0.0
-                for cell in cells:
-                    steps = bed.steps(cell)
-                    if dtype == "float32" and device.type == "cpu":
+                every = [bed.steps(cell) for cell in cells]
+                if dtype == "float32" and device.type == "cpu":
+                    for steps in every:
                         same(steps)
-                    begun = time.perf_counter()
-                    seconds = measure(steps, device, grid.seconds + spare)
-                    spare = max(0.0, spare + grid.seconds - (time.perf_counter() - begun))
+                for cell, seconds in zip(cells, measure(every, device, grid.seconds * len(cells)), strict=True):
                     yield cell, found(cell, seconds, needed(shape, cell), rates[dtype]), seconds
             del bed
             gc.collect()

@@ -7,7 +7,9 @@ on black.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.rounds import RESULTS
+from lorafold_adapters.gate import MAX_DELTA_ERROR
 
 GREY = "#848d97"
 COLOURS = ("#3b82f6", "#d97706", "#16a34a", "#8b5cf6", "#ef4444")
@@ -27,6 +30,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
@@ -36,21 +40,25 @@ STYLE: Any = {
 Result = dict[str, Any]
 
 
-def newest(theme: str, folder: Path = RESULTS) -> Result:
-    """The first line of the newest file of a theme. Raises FileNotFoundError."""
-    files = [file for file in folder.glob(f"{theme}_*.jsonl") if not file.name.startswith(f"{theme}_under")]
-    if not files:
-        raise FileNotFoundError(f"no result of bench.{theme} in {folder}: run it with --record")
-    latest = max(files, key=lambda file: (file.stem.split("_")[-2:], file.stem))
-    with latest.open() as lines:
-        found: Result = json.loads(next(lines))
-    return found
+def newest(theme: str, folder: Path = RESULTS) -> list[Result]:
+    """The lines of the newest file of a theme, the result first; quick runs count not. Raises FileNotFoundError."""
+    named = re.compile(rf"{theme}_[a-z0-9-]+_(\d{{4}}-\d\d-\d\d)(?:_(\d+))?\.jsonl")
+    files = sorted(
+        (found[1], int(found[2] or 1), file) for file in folder.iterdir() if (found := named.fullmatch(file.name))
+    )
+    for *_, file in reversed(files):
+        lines: list[Result] = [json.loads(line) for line in file.read_text().splitlines()]
+        if "--quick" not in lines[0]["command"]:
+            return lines
+    raise FileNotFoundError(f"no result of bench.{theme} in {folder}: run it with --record")
 
 
-def overhead(result: Result) -> Figure:
+def overhead(lines: Sequence[Result]) -> Figure:
     """Against rank for one adapter, and against batch for several; with the limit, and PEFT's."""
-    cells = [cell for cell in result["cells"] if (cell["dtype"], cell["targets"]) == ("float32", "all")]
-    figure, (left, right) = panels(result, "a decode step unmerged, over merged")
+    result = lines[0]
+    dtype = result["dtype"][0]
+    cells = [cell for cell in result["cells"] if (cell["dtype"], cell["targets"]) == (dtype, "all")]
+    figure, (left, right) = panels(result, f"a decode step unmerged, over merged; {dtype}, all linear layers")
     for colour, batch in zip(COLOURS, sorted({cell["batch"] for cell in cells}), strict=False):
         own = [cell for cell in cells if (cell["batch"], cell["adapters"]) == (batch, 1)]
         curves(left, own, "rank", colour, f"{batch} rows")
@@ -81,8 +89,9 @@ def curves(axes: Axes, cells: Sequence[Result], by: str, colour: str, label: str
     axes.plot(x, [cell["limit"] for cell in cells], ":", color=colour, linewidth=1.2)
 
 
-def swap(result: Result) -> Figure:
+def swap(lines: Sequence[Result]) -> Figure:
     """Swapping and unfolding by kind of undo, and PEFT's, over a plain copy of the same weights."""
+    result = lines[0]
     figure, plots = panels(result, "replacing a folded adapter, over a copy of the weights that it changes")
     for axes, (dtype, kinds) in zip(plots, result["all"].items(), strict=True):
         labels = [*kinds, "PEFT"]
@@ -107,10 +116,10 @@ def bars(axes: Axes, places: Sequence[float], found: Sequence[Result], name: str
     axes.bar(places, heights, 0.38, color=colour, alpha=0.85, label=label, yerr=[low, high], ecolor=GREY)
 
 
-def fidelity(points: Iterable[Result], result: Result) -> Figure:
+def fidelity(lines: Sequence[Result]) -> Figure:
     """What gets lost, and what that does to accuracy, against the size of the delta."""
-    sizes = [point for point in points if point["part"] == "sizes"]
-    figure, (left, right) = panels(result, "adapters of the demo set, made weaker, folded")
+    sizes = [point for point in lines[1:] if point["part"] == "sizes"]
+    figure, (left, right) = panels(lines[0], "adapters of the demo set, made weaker, folded")
     for colour, dtype in zip(COLOURS, dict.fromkeys(point["dtype"] for point in sizes), strict=False):
         for task in dict.fromkeys(point["task"] for point in sizes):
             for mode, style in (("merged", "o-"), ("unmerged", "--")):
@@ -119,12 +128,13 @@ def fidelity(points: Iterable[Result], result: Result) -> Figure:
                 x = [each["delta_over_weight"] for each in own]
                 named = {"label": f"{dtype}, {mode}"} if task == sizes[0]["task"] else {}
                 options: Result = {"color": colour, "markersize": 3, "linewidth": 1.2, **named}
-                left.plot(x, [max(each["delta_error"], 1e-8) for each in own], style, **options)
+                left.plot(x, [each["delta_error"] or math.nan for each in own], style, **options)
                 right.plot(x, [each["accuracy"] for each in own], style, **options)
-    left.axhline(0.25, color=GREY, linestyle=":")
+    right.plot([], [], ":", color=GREY, label="max_delta_error")
+    left.axhline(MAX_DELTA_ERROR, color=GREY, linestyle=":")
     left.set(xlabel="rms(delta) / rms(weight)", ylabel="error of the delta that arrives", xscale="log", yscale="log")
     right.set(xlabel="rms(delta) / rms(weight)", ylabel="accuracy of what arrives", xscale="log")
-    left.legend(fontsize=7)
+    right.legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -140,21 +150,8 @@ def panels(result: Result, title: str) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, 2)
 
 
-def points_of(theme: str, folder: Path = RESULTS) -> list[Result]:
-    """All lines but the first of the newest file of a theme."""
-    wanted = newest(theme, folder)
-    for file in folder.glob(f"{theme}_*.jsonl"):
-        lines = file.read_text().splitlines()
-        if json.loads(lines[0]) == wanted:
-            return [json.loads(line) for line in lines[1:]]
-    return []
-
-
-PICTURES: dict[str, Callable[[Path], Figure]] = {
-    "overhead": lambda folder: overhead(newest("overhead", folder)),
-    "swap": lambda folder: swap(newest("swap", folder)),
-    "fidelity": lambda folder: fidelity(points_of("fidelity", folder), newest("fidelity", folder)),
-}
+PICTURES: dict[str, Callable[[Sequence[Result]], Figure]] = {"overhead": overhead, "swap": swap, "fidelity": fidelity}
+"""By theme: from the lines of its file."""
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -162,7 +159,7 @@ def draw(results: Path, folder: Path) -> list[Path]:
     files = []
     with mpl.rc_context(STYLE):
         for name, picture in PICTURES.items():
-            figure = picture(results)
+            figure = picture(newest(name, results))
             for file in (folder / f"{name}.svg", folder / f"{name}.png"):
                 metadata = {"Date": None, "Description": figure.get_label()} if file.suffix == ".svg" else {}
                 figure.savefig(file, transparent=True, dpi=160, metadata=metadata)

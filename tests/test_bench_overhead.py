@@ -44,7 +44,7 @@ def test_adapters_that_change_nothing_are_refused(bed: Bed) -> None:
 
 
 def test_every_pair_is_complete_and_the_base_is_left_as_it_was(bed: Bed) -> None:
-    seconds = measure(bed.steps(CELL), CPU, 0.0)
+    (seconds,) = measure([bed.steps(CELL)], CPU, 0.0)
     assert set(seconds) == set(TIMED)
     assert len(seconds["merged"]) == len(seconds["unmerged"]) > 0
     assert len(seconds["peft_merged"]) == len(seconds["peft_unmerged"]) > 0

@@ -1,7 +1,6 @@
 """The pictures: drawn from the result files alone, and readable on white and on black."""
 
 import json
-import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -58,9 +57,21 @@ def result_of(picture: Path) -> str:
 def test_the_newest_result_is_taken_and_one_is_needed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--record"):
         newest("overhead", tmp_path)
-    for name, commit in (("x_2026-01-01", "a"), ("x_2026-01-02", "b"), ("x_2026-01-02_2", "c"), ("y_2026-01-01", "d")):
-        (tmp_path / f"overhead_{name}.jsonl").write_text(json.dumps({"commit": commit}) + "\n{}\n")
-    assert newest("overhead", tmp_path)["commit"] == "c"
-    shutil.copy(tmp_path / "overhead_x_2026-01-02.jsonl", tmp_path / "swap_under_load_x_2026-01-02.jsonl")
+    for name, command in (
+        ("x_2026-01-01", "a"),
+        ("x_2026-01-02", "b"),
+        ("x-2_2026-01-02_2", "c"),
+        ("y_2026-01-01", "d"),
+    ):
+        write(tmp_path / f"overhead_{name}.jsonl", command)
+    assert newest("overhead", tmp_path)[0]["command"] == "c"
+    write(tmp_path / "overhead_x_2026-01-03.jsonl", "e --quick")
+    assert newest("overhead", tmp_path)[0]["command"] == "c"
+    write(tmp_path / "swap_under_load_x_2026-01-02.jsonl", "f")
     with pytest.raises(FileNotFoundError):
         newest("swap", tmp_path)
+
+
+def write(file: Path, command: str) -> None:
+    """A result."""
+    file.write_text(json.dumps({"command": command}) + "\n{}\n")
