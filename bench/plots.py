@@ -61,7 +61,7 @@ def overhead(lines: Sequence[Result]) -> Figure:
     figure, (left, right) = panels(result, f"a decode step unmerged, over merged; {dtype}, all linear layers")
     for colour, batch in zip(COLOURS, sorted({cell["batch"] for cell in cells}), strict=False):
         own = [cell for cell in cells if (cell["batch"], cell["adapters"]) == (batch, 1)]
-        curves(left, own, "rank", colour, f"{batch} rows")
+        curves(left, own, "rank", colour, f"{batch} row{'s' * (batch > 1)}")
     for colour, adapters in zip(COLOURS, sorted({cell["adapters"] for cell in cells}), strict=False):
         own = [cell for cell in cells if (cell["rank"], cell["adapters"]) == (16, adapters)]
         curves(right, own, "batch", colour, f"{adapters} adapter{'s' * (adapters > 1)}")

@@ -1,6 +1,7 @@
 """The shape of the project itself: who imports whom, and whether generated code is fresh."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,3 +70,17 @@ def test_nothing_speaks_of_one_persons_machine() -> None:
             text = (ROOT / name).read_text()
             assert "/home" + "/" not in text, name
             assert "/root" + "/" not in text, name
+
+
+def test_the_script_for_a_gpu_fits_eight_minutes_and_names_what_exists() -> None:
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    assert subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=False).returncode == 0
+    limits = [int(seconds) for seconds in re.findall(r"^part (\d+) ", script, re.MULTILINE)]
+    assert len(limits) == int(re.findall(r"of (\d+) parts failed", script)[0])
+    assert 0 < sum(limits) < 480
+    named = re.findall(r"-m bench\.(\w+)", script)
+    assert len(named) > 3
+    assert all((ROOT / "bench" / f"{name}.py").exists() for name in named)
+    tests = re.findall(r"tests/\w+\.py", script)
+    assert len(tests) > 3
+    assert all((ROOT / name).exists() for name in tests)
