@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from bench.environment import describe
 from bench.grid import Cell, Grid, Group
-from bench.models import shaped
+from bench.models import SHAPES, shaped
 from bench.overhead import measure, skeleton
 from bench.overhead_bed import CONTEXT, Bed
 from bench.overhead_report import RATIOS, Seconds, estimate, ratios
@@ -131,7 +131,7 @@ def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shape", help="8b on a GPU, short on a CPU, unless given")
+    parser.add_argument("--shape", choices=[*SHAPES], help="8b on a GPU, short on a CPU, unless given")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft|transformers")

@@ -3,8 +3,9 @@
 #
 #   bench/gpu.sh            result files go to bench/results, what everything printed to bench/results/gpu.log
 #
-# Needs torch, transformers and peft as they are there. What else lorafold imports is taken from the wheels in the folder
-# that WHEELS names (.wheels unless it does), if there is one, without a network. Each part has its own time limit, all
+# Needs torch, transformers and peft as they are there. What else lorafold and its tests import (the dependencies in
+# pyproject.toml, pytest, pytest-timeout, hypothesis, and what these need) is taken from the wheels in the folder that
+# WHEELS names (.wheels unless it does), if there is one, without a network. Each part has its own time limit, all
 # together less than eight minutes; one that fails or takes too long does not keep the others from running.
 # DEVICE=cpu SHAPE=tiny tries the script itself where there is no GPU.
 set -uo pipefail

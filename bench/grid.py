@@ -2,10 +2,11 @@
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from bench.adapters import ALL_LINEAR
+from bench.models import SHAPES
 
 TARGETS = {"all": tuple(ALL_LINEAR), "qv": ("q_proj", "v_proj")}
 """Layers that adapters change, by the name on the command line."""
@@ -73,39 +74,46 @@ def parsed(description: str | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="rank 16, fp32, all linear layers: under two minutes")
-    parser.add_argument("--dtypes", help=f"of {','.join(DTYPES)}")
-    parser.add_argument("--targets", help=f"of {','.join(TARGETS)}")
-    parser.add_argument("--ranks", help=listed(Grid().ranks))
-    parser.add_argument("--batches", help=listed(Grid().batches))
-    parser.add_argument("--adapters", help=f"distinct ones in a batch; {listed(Grid().adapters)}")
+    parser.add_argument("--dtypes", type=some_of(DTYPES), help=f"of {listed(DTYPES)}")
+    parser.add_argument("--targets", type=some_of(TARGETS), help=f"of {listed(TARGETS)}")
+    parser.add_argument("--ranks", type=numbers, help=listed(Grid().ranks))
+    parser.add_argument("--batches", type=numbers, help=listed(Grid().batches))
+    parser.add_argument("--adapters", type=numbers, help=f"distinct ones in a batch; {listed(Grid().adapters)}")
     parser.add_argument("--seconds", type=float, help="for one cell, on average")
-    parser.add_argument("--shape", help="8b on a GPU, short on a CPU, unless given")
+    parser.add_argument("--shape", choices=[*SHAPES], help="8b on a GPU, short on a CPU, unless given")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--record", action="store_true", help="keep every timing under bench/results/")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(planned(arguments).adapters) > max(planned(arguments).batches):
+        parser.error("no batch has as many rows as there are to be adapters: give larger --batches or fewer --adapters")
+    return arguments
 
 
 def planned(arguments: argparse.Namespace) -> Grid:
     """What the command line asks for; what it leaves open is as in a whole run, or as in a quick one."""
     usual = QUICK if arguments.quick else Grid()
-    return Grid(
-        dtypes=words(arguments.dtypes, usual.dtypes),
-        targets=words(arguments.targets, usual.targets),
-        ranks=numbers(arguments.ranks, usual.ranks),
-        batches=numbers(arguments.batches, usual.batches),
-        adapters=numbers(arguments.adapters, usual.adapters),
-        seconds=usual.seconds if arguments.seconds is None else arguments.seconds,
-    )
+    names = ("dtypes", "targets", "ranks", "batches", "adapters", "seconds")
+    return replace(usual, **{name: value for name in names if (value := getattr(arguments, name)) is not None})
 
 
-def words(text: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
-    """`a,b` as words."""
-    return usual if text is None else tuple(text.split(","))
+def some_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Reads `a,b`, of what is known."""
+
+    def words(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        if unknown := sorted(set(found) - set(known)):
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(map(repr, unknown))}: use {listed(known)}")
+        return found
+
+    return words
 
 
-def numbers(text: str | None, usual: tuple[int, ...]) -> tuple[int, ...]:
-    """`1,8` as numbers."""
-    return usual if text is None else tuple(int(part) for part in text.split(","))
+def numbers(text: str) -> tuple[int, ...]:
+    """Reads `1,8`."""
+    found = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers from 1 on, such as 1,8")
+    return found
 
 
 def listed(values: Iterable[object]) -> str:

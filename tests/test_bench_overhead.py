@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.gauge import meet
-from bench.grid import TARGETS, Cell, Grid, Group
+from bench.grid import QUICK, TARGETS, Cell, Grid, Group, parsed, planned
 from bench.overhead import changed_shapes, measure, needed, skeleton
 from bench.overhead_bed import Bed, same
 from bench.overhead_report import TIMED, Rates, estimate, found, headline, known, missed
@@ -79,6 +79,32 @@ def test_no_batch_has_more_adapters_than_rows() -> None:
     cells = [cell for group in Grid().groups() for cell in Grid().cells(group)]
     assert all(cell.adapters <= cell.batch for cell in cells)
     assert len({cell.key for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ranks", "x"], "'x' is no list of numbers"),
+        (["--adapters", "0"], "'0' is no list of numbers"),
+        (["--targets", "qv,foo"], "there is no 'foo': use all,qv"),
+        (["--batches", "1,4", "--adapters", "8"], "no batch has as many rows"),
+        (["--shape", "vast"], "invalid choice: 'vast'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["overhead.py", *options])
+    with pytest.raises(SystemExit):
+        parsed(None)
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_not_said_is_as_in_a_whole_or_a_quick_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["overhead.py", "--ranks", "4,64", "--targets", "qv"])
+    assert planned(parsed(None)) == Grid(ranks=(4, 64), targets=("qv",))
+    monkeypatch.setattr("sys.argv", ["overhead.py", "--quick"])
+    assert planned(parsed(None)) == QUICK
 
 
 def timings(unmerged: float, peft: float, noise: float = 0.0, count: int = 32) -> dict[str, list[float]]:
