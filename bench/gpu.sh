@@ -7,7 +7,7 @@
 # pyproject.toml, pytest, pytest-timeout, hypothesis, and what these need) is taken from the wheels in the folder that
 # WHEELS names (.wheels unless it does), if there is one, without a network. Each part has its own time limit, all
 # together less than eight minutes; one that fails or takes too long does not keep the others from running.
-# DEVICE=cpu SHAPE=tiny tries the script itself where there is no GPU.
+# DEVICE=cpu SHAPE=tiny tries the script itself where there is no GPU; parts may take too long there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 wheels=${WHEELS:-.wheels} device=${DEVICE:-cuda} shape=${SHAPE:-8b}
@@ -34,16 +34,16 @@ part() { # seconds, then a command
 : > "$log"
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")' |
   tee -a "$log"
-part 110 "$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_paged_attention.py \
+part 90 "$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_paged_attention.py \
   tests/test_paged_prefill.py tests/test_two_path.py tests/test_two_path_static.py tests/test_attention_means.py \
   tests/test_families.py tests/test_fold.py tests/test_undo.py
 part 30 "$python" -m bench.exactness --quick --device "$device" --record
-part 30 "$python" -m bench.swap --quick --device "$device" --record
+part 25 "$python" -m bench.swap --quick --device "$device" --record
 part 110 "$python" -m bench.overhead --device "$device" --shape "$shape" --dtypes bfloat16 --targets all --ranks 16 \
   --batches 1,8,32 --adapters 1,8 --seconds 3 --record
-part 100 "$python" -m bench.throughput --device "$device" --shape "$shape" --batches 1,8,32 --prompts 64 --seconds 8 \
+part 165 "$python" -m bench.throughput --device "$device" --shape "$shape" --batches 1,8,32 --prompts 64 --seconds 8 \
   --no-grpc --record
-part 60 "$python" -m bench.metering --quick --device "$device" --shape "$shape" --record
+part 40 "$python" -m bench.metering --quick --device "$device" --shape "$shape" --record
 echo "== ${#failed[@]} of 6 parts failed, ${SECONDS} s" | tee -a "$log"
 printf '   %s\n' "${failed[@]}" | tee -a "$log"
 [ "${#failed[@]}" = 0 ]
