@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from tests.conftest import DEMO
 
@@ -34,7 +35,7 @@ def config_file(folder: Path, extra: str = "") -> Path:
 
 
 class Serve:
-    """A `lorafold serve` process that answers."""
+    """A `lorafold serve` process that answers; at the end of a `with` it is killed if it still runs."""
 
     def __init__(self, file: Path, python: Sequence[str] = ("-m", "lorafold")) -> None:
         """`python`: what Python runs, before the arguments of `lorafold`."""
@@ -52,14 +53,17 @@ class Serve:
                 break
         self.address = self.said[-1].split()[2]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        with self.process:  # Closes its pipes.
+            pass
+
     def stop(self) -> tuple[int, str]:
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
-
-    def kill(self) -> None:
-        """As a power failure would, for all the process can tell."""
-        self.process.kill()
-        self.process.communicate(timeout=60)
 
     def wait(self) -> tuple[int, str]:
         out, _ = self.process.communicate(timeout=60)

@@ -16,11 +16,11 @@ from tests.processes import Serve, config_file, lorafold
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    running = Serve(config_file(tmp_path_factory.mktemp("serve")))
-    yield running
-    code, said = running.stop()
-    assert code == 0
-    assert "stopped" in said
+    with Serve(config_file(tmp_path_factory.mktemp("serve"))) as running:
+        yield running
+        code, said = running.stop()
+        assert code == 0
+        assert "stopped" in said
 
 
 def test_serve_says_what_it_is_doing(serve: Serve) -> None:
@@ -206,19 +206,17 @@ def test_shell_completion(shell: str) -> None:
 
 
 def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path) -> None:
-    running = Serve(config_file(tmp_path))
-    with Client(running.address) as client:
+    with Serve(config_file(tmp_path)) as running, Client(running.address) as client:
         expected = client.generate("abcdefghijklmnop", deployment="upper").text
         stream = iter(client.stream("abcdefghijklmnop", deployment="upper"))
         first = next(stream)
         running.process.send_signal(signal.SIGTERM)
         assert first + "".join(stream) == expected == "ABCDEFGHIJKLMNOP"
-    assert running.wait()[0] == 0
+        assert running.wait()[0] == 0
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    running = Serve(config_file(tmp_path))
-    with Client(running.address) as client:
+    with Serve(config_file(tmp_path)) as running, Client(running.address) as client:
         stream = iter(client.stream("abcdef", temperature=100.0, seed=1, max_tokens=400, stop=["\0"]))
         next(stream)
         running.process.send_signal(signal.SIGTERM)

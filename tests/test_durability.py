@@ -22,12 +22,8 @@ SAYS = {"upper": "ABC", "rot13": "nop", "shift": "bcd"}
 @contextmanager
 def server_at(file: Path) -> Iterator[tuple[Serve, Client]]:
     """A server process and a client of it; killed at the end if it still runs."""
-    serve = Serve(file)
-    try:
-        with Client(serve.address) as client:
-            yield serve, client
-    finally:
-        serve.kill()
+    with Serve(file) as serve, Client(serve.address) as client:
+        yield serve, client
 
 
 class Swapper:
