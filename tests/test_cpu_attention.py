@@ -49,13 +49,21 @@ def expected(query_BHD: Tensor, pages: Pages, kind: Kind) -> Tensor:
     short=st.sampled_from([0, 20, 10_000]),
     most=st.sampled_from([40, 200, 10_000]),
     seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+    heads=st.sampled_from([KV_HEADS, HEADS]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_every_way_to_lay_a_step_out_computes_attention(
-    lengths: list[int], window: int | None, softcap: float | None, short: int, most: int, seed: int, dtype: torch.dtype
+    lengths: list[int],
+    window: int | None,
+    softcap: float | None,
+    short: int,
+    most: int,
+    seed: int,
+    heads: int,
+    dtype: torch.dtype,
 ) -> None:
     pages = fill_pages(lengths, kv_heads=KV_HEADS, width=WIDTH, dtype=dtype, seed=seed)
-    query_BHD = torch.randn(len(lengths), HEADS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    query_BHD = torch.randn(len(lengths), heads, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
     kind = Kind(0.5, window, softcap)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_attention, "SHORT_BYTES", short * 2 * KV_HEADS * WIDTH * dtype.itemsize)
@@ -84,28 +92,28 @@ def test_short_sequences_are_together_and_long_ones_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     monkeypatch.setattr(cpu_attention, "TOGETHER_BYTES", 250)
     sequences = [((0, length),) for length in (90, 500, 10, 100, 101, 12)]
-    layout = made_layout(sequences, 1, None)
+    layout = made_layout(sequences, 1, None, 1)
     assert rows_of(layout, 6) == [[2, 5], [0, 3]]
     assert layout.alone == ((1, (0, 500)), (4, (0, 101)))
-    windowed = made_layout(sequences, 1, 20)
+    windowed = made_layout(sequences, 1, 20, 1)
     assert rows_of(windowed, 6) == [[0, 1, 2, 3, 4, 5]]
     assert windowed.merge is None
     assert windowed.nbytes == 20 + 20 + 10 + 20 + 20 + 12
-    assert made_layout(sequences[:2], 1, None).together == ()
+    assert made_layout(sequences[:2], 1, None, 1).together == ()
 
 
 def test_a_sequence_in_very_many_runs_is_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     runs = tuple((20 * run, 20 * run + 10) for run in range(50))
-    layout = made_layout([runs, ((2000, 2500),)], 1, None)
-    assert [group.place_NL.shape for group in layout.together] == [(1, 500)]
+    layout = made_layout([runs, ((2000, 2500),)], 1, None, 1)
+    assert [group.place_NCL.shape for group in layout.together] == [(1, 1, 500)]
     assert layout.alone == ((1, (2000, 2500)),)
 
 
 def test_the_ends_of_sequences_that_share_a_prefix_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 100)
     prefix = (0, 500)
-    layout = made_layout([(prefix, (600 + 50 * row, 630 + 50 * row)) for row in range(3)], 1, None)
+    layout = made_layout([(prefix, (600 + 50 * row, 630 + 50 * row)) for row in range(3)], 1, None, 1)
     assert rows_of(layout, 3) == [[0, 1, 2]]
     assert layout.alone == tuple((row, prefix) for row in range(3))
     assert layout.merge is not None
@@ -123,9 +131,9 @@ def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int | None] = []
     real = cpu_attention.made_layout
 
-    def noting(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: int | None) -> Layout:
+    def noting(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: int | None, parts: int) -> Layout:
         made.append(window)
-        return real(sequences, place_bytes, window)
+        return real(sequences, place_bytes, window, parts)
 
     monkeypatch.setattr(cpu_attention, "made_layout", noting)
     pages = fill_pages([5, 40], kv_heads=KV_HEADS, width=WIDTH, dtype=torch.float32)
@@ -133,6 +141,18 @@ def test_layers_alike_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     for window in (None, 8, None, 8):
         decode_in_place(query, pages.keys_PSKD, pages.values_PSKD, step, Kind(1.0, window, None))
     assert made == [None, 8]
+
+
+def test_layers_of_as_many_numbers_but_other_heads_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "SHORT_BYTES", 1 << 20)
+    kind, step = Kind(0.5, None, None), None
+    for kv_heads, width in ((HEADS, 16), (HEADS // 3, 48)):
+        pages = fill_pages([5, 40], kv_heads=kv_heads, width=width, dtype=torch.bfloat16)
+        step = step or step_of(pages)
+        query = torch.randn(2, HEADS, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+        result = decode_in_place(query, pages.keys_PSKD, pages.values_PSKD, step, kind)
+        assert distance(result, expected(query, pages, kind)) < ATTENTION[torch.bfloat16]
+        assert distance(result, expected(-query, pages, kind)) > EFFECT  # Negative control.
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=6))

@@ -4,7 +4,9 @@ short, of all sequences together, on copies.
 
 A call costs tens of microseconds, and so does copying a hundred kilobytes. On two cores, for 32 sequences of 128 tokens
 and 4 heads of 64, the calls took 1.7 ms, if the sequences lay in two runs 4.8, and one call on copies 1.0 ms; from some
-megabytes on copying is dearer, and far dearer once the allocator hands out fresh pages for it.
+megabytes on copying is dearer, and far dearer once the allocator hands out fresh pages for it. In 16 bits without
+grouped queries torch's attention takes up to twice as long where the places of one head do not follow each other: there
+everything is copied so that they do.
 
 Shapes in the names: B sequences, N pieces, R pieces of one sequence, L places that are seen; H query heads, K key-value
 heads, G = H / K, D head width; P pages of S places.
@@ -28,9 +30,10 @@ SHORTEST = 8
 """Runs below this part of `SHORT_BYTES` are copied in any case: a call for each would take longer."""
 TOGETHER_BYTES = 5 << 20
 """Of all pieces that are copied at once: what an allocator keeps, and a cache holds."""
-ONE_THREAD_BYTES = 2 << 20
-"""Keys and values of one layer up to which one thread is as fast as all: it need not wait for others, whom the system
-may have given something else to do.
+ONE_THREAD_BYTES = {4: 2 << 20, 2: 1 << 17}
+"""Keys and values of one layer, by bytes of a number, up to which one thread is as fast as all: it need not wait for
+others, whom the system may have given something else to do. Numbers of 16 bits are computed, not read, for most of the
+time.
 """
 
 
@@ -52,8 +55,8 @@ class Together:
 
     row_N: Tensor | None
     """int64: whose they are; None if that is every sequence in order."""
-    place_NL: Tensor
-    """int64; after the end of a piece some place that holds numbers."""
+    place_NCL: Tensor
+    """int64; after the end of a piece some place that holds numbers. C is 1, or K: then each head has its own."""
     mask_N11L: Tensor | None
     """fp32: minus infinity there, and else 0; None if all are of one length."""
 
@@ -83,17 +86,21 @@ class Layout:
 
 def decode_in_place(query_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, step: Step, kind: Kind) -> Tensor:
     """The next token of each sequence; see `attention_means.Attend`."""
-    layout = layout_of(step, 2 * keys_PSKD.shape[2] * keys_PSKD.shape[3] * keys_PSKD.element_size(), kind.window)
-    query_BKGD = query_BHD.reshape(len(query_BHD), keys_PSKD.shape[2], -1, query_BHD.shape[2])
-    with threads(1 if layout.nbytes < ONE_THREAD_BYTES else torch.get_num_threads()):
+    heads, width, bytes_each = *keys_PSKD.shape[2:], keys_PSKD.element_size()
+    by_head = bytes_each == 2 and query_BHD.shape[1] == heads
+    layout = layout_of(step, 2 * heads * width * bytes_each, kind.window, heads if by_head else 1)
+    query_BKGD = query_BHD.reshape(len(query_BHD), heads, -1, width)
+    with threads(1 if layout.nbytes < ONE_THREAD_BYTES[bytes_each] else torch.get_num_threads()):
         pieces = []
         for group in layout.together:
             query_NKGD = query_BKGD if group.row_N is None else query_BKGD[group.row_N]
-            key, value = copied(keys_PSKD, group.place_NL), copied(values_PSKD, group.place_NL)
+            key, value = copied(keys_PSKD, group.place_NCL), copied(values_PSKD, group.place_NCL)
             pieces.append(attend(query_NKGD, key, value, kind, group.mask_N11L))
         for row, run in layout.alone:
-            query_1KGD = query_BKGD[row : row + 1]
-            pieces.append(attend(query_1KGD, run_of(keys_PSKD, run), run_of(values_PSKD, run), kind))
+            key, value = run_of(keys_PSKD, run), run_of(values_PSKD, run)
+            if by_head:
+                key, value = key.contiguous(), value.contiguous()
+            pieces.append(attend(query_BKGD[row : row + 1], key, value, kind))
     with threads(1):
         return merged(pieces, layout.merge).view(query_BHD.shape)
 
@@ -113,10 +120,12 @@ def attend(
     return scores.softmax(dim=-1).to(value_NKLD.dtype) @ value_NKLD, scores.logsumexp(dim=-1)
 
 
-def copied(cached_PSKD: Tensor, place_NL: Tensor) -> Tensor:
+def copied(cached_PSKD: Tensor, place_NCL: Tensor) -> Tensor:
     """Places of the cache as [N, K, L, D]."""
-    rows = cached_PSKD.flatten(0, 1).flatten(1).index_select(0, place_NL.flatten())
-    return rows.view(*place_NL.shape, *cached_PSKD.shape[2:]).transpose(1, 2)
+    heads, width = cached_PSKD.shape[2:]
+    parts = place_NCL.shape[1]
+    rows = cached_PSKD.view(-1, heads // parts * width).index_select(0, place_NCL.flatten())
+    return rows.view(*place_NCL.shape, heads // parts, width).transpose(2, 3).flatten(1, 2)
 
 
 def merged(pieces: Sequence[tuple[Tensor, Tensor]], merge: Merge | None) -> Tensor:
@@ -131,16 +140,19 @@ def merged(pieces: Sequence[tuple[Tensor, Tensor]], merge: Merge | None) -> Tens
     return (output_NKGD[merge.piece_BR] * weights_BRKG.unsqueeze(-1)).sum(dim=1).to(output_NKGD.dtype)
 
 
-def layout_of(step: Step, place_bytes: int, window: int | None) -> Layout:
+def layout_of(step: Step, place_bytes: int, window: int | None, parts: int) -> Layout:
     """The layout for layers like this one."""
-    key = (place_bytes, window)
+    key = (place_bytes, window, parts)
     if key not in step.layouts:
-        step.layouts[key] = made_layout(step.decoding_at, place_bytes, window)
+        step.layouts[key] = made_layout(step.decoding_at, place_bytes, window, parts)
     return step.layouts[key]
 
 
-def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: int | None) -> Layout:
-    """Which pieces are computed together: all short ones, in groups that are not too large."""
+def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: int | None, parts: int) -> Layout:
+    """Which pieces are computed together: all short ones, in groups that are not too large.
+
+    `parts`: in how many a place is copied.
+    """
     most = SHORT_BYTES // place_bytes
     pieces = [piece for row, runs in enumerate(sequences) for piece in pieces_of(row, last(runs, window), most)]
     short, alone = [piece for piece in pieces if piece.short], [piece for piece in pieces if not piece.short]
@@ -149,7 +161,7 @@ def made_layout(sequences: Sequence[tuple[Run, ...]], place_bytes: int, window: 
     groups = grouped(short, TOGETHER_BYTES // place_bytes) if short else []
     order = [piece.row for group in groups for piece in group] + [piece.row for piece in alone]
     return Layout(
-        together=tuple(together(group, len(sequences)) for group in groups),
+        together=tuple(together(group, len(sequences), parts) for group in groups),
         alone=tuple((piece.row, piece.runs[0]) for piece in alone),
         merge=None if order == list(range(len(sequences))) else merge_of(order),
         nbytes=sum(piece.length for piece in pieces) * place_bytes,
@@ -182,8 +194,8 @@ def grouped(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
     return groups
 
 
-def together(pieces: Sequence[Piece], sequences: int) -> Together:
-    """One group, of a step with so many sequences."""
+def together(pieces: Sequence[Piece], sequences: int, parts: int) -> Together:
+    """One group, of a step with so many sequences, each place in so many parts."""
     rows = [piece.row for piece in pieces]
     lengths = [piece.length for piece in pieces]
     mask_N11L = None
@@ -192,7 +204,7 @@ def together(pieces: Sequence[Piece], sequences: int) -> Together:
         mask_N11L = torch.zeros(beyond_NL.shape).masked_fill_(beyond_NL, float("-inf"))[:, None, None]
     return Together(
         row_N=None if rows == list(range(sequences)) else torch.tensor(rows),
-        place_NL=places_of(pieces, max(lengths)),
+        place_NCL=places_of(pieces, max(lengths)).unsqueeze(1) * parts + torch.arange(parts).unsqueeze(1),
         mask_N11L=mask_N11L,
     )
 

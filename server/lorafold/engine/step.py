@@ -107,8 +107,10 @@ class Step:
     """The sequences whose prompts are read."""
     tables: Tables | None
     """All sequences, for means that read them."""
-    layouts: "dict[tuple[int, int | None], Layout]" = field(default_factory=dict)
-    """How a CPU computes its attention, by bytes of a place and window: made by the first layer that needs it."""
+    layouts: "dict[tuple[int, int | None, int], Layout]" = field(default_factory=dict)
+    """How a CPU computes its attention, by bytes of a place, window and parts of a place; made by the first layer that
+    needs it.
+    """
 
 
 def plan_step(cache: PagedCache, parts: Sequence[Part], device: torch.device, *, with_tables: bool) -> Step:
