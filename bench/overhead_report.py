@@ -61,10 +61,22 @@ def known(key: str, seconds: Mapping[str, Sequence[float]]) -> bool:
     return "low" in about and width(about) <= PRECISION
 
 
+def added(seconds: Mapping[str, Sequence[float]], key: str) -> float:
+    """Seconds that the first variant of a pair takes longer than the second: the median."""
+    above, below = (seconds[name] for name in RATIOS[key])
+    return median([one - other for one, other in zip(above, below, strict=True)])
+
+
+def added_over(ours: float, peft: float) -> float | None:
+    """PEFT's over ours; None where ours is lost in the noise."""
+    return round(peft / ours, 3) if ours > 0 else None
+
+
 def found(cell: Cell, seconds: Mapping[str, Sequence[float]], more: Extra, rates: Rates) -> dict[str, Any]:
     """Everything that is said of one cell.
 
-    `limit`: the ratio if low-rank paths ran at the device's full rates. `peft_over_ours`: of the unmerged steps.
+    `limit`: the ratio if low-rank paths ran at the device's full rates. `peft_over_ours`: of the unmerged steps;
+    `peft_added_over_ours`: of the time by which they are longer than the merged ones.
     """
     merged = median(seconds["merged"])
     return {
@@ -75,6 +87,7 @@ def found(cell: Cell, seconds: Mapping[str, Sequence[float]], more: Extra, rates
         "pairs": len(seconds["merged"]),
         **{key: estimate(ratios(seconds[above], seconds[below])) for key, (above, below) in RATIOS.items()},
         "peft_over_ours": round(median(seconds["peft_unmerged"]) / median(seconds["unmerged"]), 3),
+        "peft_added_over_ours": added_over(*(added(seconds, key) for key in WANTED)),
         "limit": round(1 + more.seconds(rates.bandwidth, rates.products) / merged, 4),
         "milliseconds": {name: round(median(taken) * 1e3, 4) for name, taken in seconds.items() if taken},
     }
@@ -83,9 +96,11 @@ def found(cell: Cell, seconds: Mapping[str, Sequence[float]], more: Extra, rates
 def show(result: Mapping[str, Any], *, absolute: bool) -> None:
     """A line for one cell; milliseconds only where they are worth something."""
     ours, peft = (result[name] for name in WANTED)
+    adds = result["peft_added_over_ours"]
     print(
         f"{result['key']}: unmerged over merged {said(ours)}, limit {result['limit']:.3f}, PEFT {said(peft)}; "
-        f"PEFT's step over ours {result['peft_over_ours']:.2f}; merged over base {said(result['merged_over_base'])}, "
+        f"PEFT's step over ours {result['peft_over_ours']:.2f}, what it adds {'-' if adds is None else f'{adds:.2f}'}; "
+        f"merged over base {said(result['merged_over_base'])}, "
         f"transformers over merged {result['transformers_over_merged']['median']:.2f}, {result['pairs']} pairs"
         + (f", ms {result['milliseconds']}" if absolute else ""),
         flush=True,
@@ -111,6 +126,7 @@ def headline(results: Sequence[Mapping[str, Any]], timings: Mapping[str, Mapping
         "peft_unmerged_over_merged": {each["key"]: each["peft_unmerged_over_merged"]["median"] for each in results},
         "peft_ci95": {each["key"]: bounds(each["peft_unmerged_over_merged"]) for each in results},
         "peft_over_ours": {each["key"]: each["peft_over_ours"] for each in results},
+        "peft_added_over_ours": {each["key"]: each["peft_added_over_ours"] for each in results},
         "merged_over_base": every["median"],
         "merged_over_base_ci95": bounds(every),
         "limit": {each["key"]: each["limit"] for each in results},

@@ -122,7 +122,13 @@ def test_a_report_says_what_was_timed_and_is_json() -> None:
     assert said["ci95"] == {"b4_r4_a2": [1.1, 1.1]}
     assert said["merged_over_base"] == 1.0
     assert said["limit"] == {"b4_r4_a2": 1.01}
+    assert said["peft_added_over_ours"] == {"b4_r4_a2": 3.0}
     assert said["missed"] == []
+
+
+def test_what_is_lost_in_the_noise_is_not_compared() -> None:
+    rates = Rates(bandwidth=1e9, products=1e9)
+    assert found(CELL, timings(0.99, 1.3), Extra(nbytes=1, flops=1), rates)["peft_added_over_ours"] is None
 
 
 def test_an_aim_that_is_missed_is_told() -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lorafold_adapters.cpu_products import add_expanded, shrunk
 from lorafold_adapters.layout import Layout
 from lorafold_adapters.paths import AdapterPath
 from lorafold_adapters.sharing import Products
@@ -59,11 +60,13 @@ class SpanShrink:
     a_IR: Tensor
     ranks: tuple[int, ...]
     """Of each site that it changes."""
+    is_large: bool
+    """See `cpu_products`."""
 
     def __call__(self, inputs_NI: Tensor, tokens_per_unit: int) -> Products:
         """See `Shrink`; a piece [T, R] for each of `ranks`."""
         inputs_TI = inputs_NI if self.part.whole else self.part(inputs_NI, tokens_per_unit)
-        shrunk_TR = torch.mm(inputs_TI, self.a_IR)
+        shrunk_TR = shrunk(inputs_TI, self.a_IR) if self.is_large else torch.mm(inputs_TI, self.a_IR)
         return shrunk_TR.split_with_sizes(self.ranks, 1) if len(self.ranks) > 1 else (shrunk_TR,)
 
 
@@ -76,6 +79,8 @@ class SpanExpand:
     b_RO: Tensor
     gain_O: Tensor | None
     shift_O: Tensor | None
+    is_large: bool
+    """See `cpu_products`."""
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +91,10 @@ class SpanExpand:
         """See `Expand`."""
         if not self.part.whole:
             outputs_NO = self.part(outputs_NO, tokens_per_unit)
-        outputs_NO.addmm_(products[self.piece], self.b_RO)
+        if self.is_large:
+            add_expanded(outputs_NO, products[self.piece], self.b_RO)
+        else:
+            outputs_NO.addmm_(products[self.piece], self.b_RO)
         if self.gain_O is not None:
             outputs_NO.mul_(self.gain_O)
         if self.shift_O is not None:

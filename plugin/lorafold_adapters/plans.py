@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorafold_adapters.cpu_products import is_large
 from lorafold_adapters.grouped import Grouped, Parts
 from lorafold_adapters.parts import Expand, Other, Part, SpanExpand, SpanShrink
 from lorafold_adapters.paths import LowRankPath
@@ -85,10 +86,11 @@ def span_parts(family: Family, name: str, part: Part) -> Parts:
     """One adapter's products, on one span."""
     paths = family.low_rank(name)
     expands: dict[int, Expand] = {
-        place: SpanExpand(part, piece, path.scaled_b_RO, path.gain_O, path.shift_O)
+        place: SpanExpand(part, piece, path.scaled_b_RO, path.gain_O, path.shift_O, is_large(path.scaled_b_RO))
         for piece, (place, path) in enumerate(paths.items())
     }
-    return SpanShrink(part, family.products[name], tuple(path.rank for path in paths.values())), expands
+    a_IR = family.products[name]
+    return SpanShrink(part, a_IR, tuple(path.rank for path in paths.values()), is_large(a_IR)), expands
 
 
 def others_of(site: Site, spans: Spans) -> tuple[Other, ...]:

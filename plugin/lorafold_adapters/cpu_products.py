@@ -1,0 +1,64 @@
+"""Products of few tokens with one adapter's large factors on a CPU.
+
+BLAS is made for large matrices: for a few tokens it copies a factor before it multiplies by it, on one thread. oneDNN,
+which torch brings along, reads factors as they lie. For one or two tokens BLAS is as fast, if it is asked for several
+products at once. Where that pays was measured in fp32 on two cores, within decode steps: caches hold no factor then.
+
+Shapes in the names: T tokens, I in-features, R rank, O out-features, P parts of a sum.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+LARGE = 1024 * 1024
+"""Bytes of a factor from which on this pays."""
+PARTS = 8
+"""Parts of the in-features whose products run beside each other, and are summed."""
+
+
+@functools.cache
+def has_means() -> bool:
+    """True if this torch has oneDNN for fp32, and the BLAS that it was compared with."""
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        with torch.inference_mode():
+            product(torch.zeros(3, 8), torch.zeros(8, 8))
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def is_large(factor: Tensor) -> bool:
+    """True if a factor is to be multiplied by what is here."""
+    on_cpu = factor.device.type == "cpu" and factor.dtype == torch.float32
+    return on_cpu and factor.nbytes >= LARGE and has_means()
+
+
+def shrunk(inputs_TI: Tensor, a_IR: Tensor) -> Tensor:
+    """`inputs_TI @ a_IR`, of a large A."""
+    tokens, features = inputs_TI.shape
+    if tokens > 2:
+        return product(inputs_TI, a_IR)
+    if features % PARTS:
+        return torch.mm(inputs_TI, a_IR)
+    parts_PTI = inputs_TI.reshape(tokens, PARTS, -1).transpose(0, 1)
+    return torch.bmm(parts_PTI, a_IR.view(PARTS, features // PARTS, -1)).sum(0)
+
+
+def add_expanded(outputs_TO: Tensor, products_TR: Tensor, b_RO: Tensor) -> None:
+    """Adds `products_TR @ b_RO` to the outputs, of a large B."""
+    if products_TR.shape[0] > 2:
+        outputs_TO.add_(product(products_TR, b_RO))
+    else:
+        outputs_TO.addmm_(products_TR, b_RO)
+
+
+def product(inputs_TI: Tensor, factor_IO: Tensor) -> Tensor:
+    """By oneDNN, unless gradients are wanted: of it autograd knows nothing."""
+    if torch.is_grad_enabled():
+        return torch.mm(inputs_TI, factor_IO)
+    outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs_TI, factor_IO.T, None, "none", [], "")
+    return outputs

@@ -1,0 +1,95 @@
+"""Products with large factors on a CPU. The oracle is the same product in fp64."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorafold_adapters import cpu_products
+from lorafold_adapters.cpu_products import LARGE, add_expanded, has_means, is_large, shrunk
+from lorafold_adapters.paths import LowRankPath
+from lorafold_adapters.router import Router
+from tests.models import apart
+from tests.test_two_path import Products
+from tests.tolerances import EFFECT, LOGITS
+
+WIDE, RANK = 1024, 256
+"""Just large."""
+
+
+def factor(rows: int = WIDE, columns: int = RANK) -> Tensor:
+    return torch.randn(rows, columns)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("features", [WIDE, WIDE + 2])
+@torch.inference_mode()
+def test_the_product_with_a_is_what_it_is_in_fp64(tokens: int, features: int) -> None:
+    torch.manual_seed(0)
+    inputs_TI, a_IR = torch.randn(tokens, features), factor(features)
+    expected = inputs_TI.double() @ a_IR.double()
+    assert apart(shrunk(inputs_TI, a_IR), expected) < LOGITS[torch.float32]
+    assert apart(shrunk(inputs_TI, a_IR * 1.02), expected) > EFFECT  # Negative control.
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])
+@torch.inference_mode()
+def test_the_product_with_b_is_added_in_place_and_takes_a_piece_of_a_row(tokens: int) -> None:
+    torch.manual_seed(0)
+    products_TR, b_RO, outputs_TO = (
+        torch.randn(tokens, 3 * RANK)[:, RANK : 2 * RANK],
+        factor(RANK, WIDE),
+        torch.randn(tokens, WIDE),
+    )
+    expected = outputs_TO.double() + products_TR.double() @ b_RO.double()
+    before = outputs_TO.clone()
+    add_expanded(outputs_TO, products_TR, b_RO)
+    assert apart(outputs_TO, expected) < LOGITS[torch.float32]
+    assert apart(before, expected) > EFFECT  # Negative control.
+
+
+def test_only_large_factors_in_fp32_on_a_cpu_are_multiplied_so() -> None:
+    assert is_large(factor()) == has_means()
+    assert not is_large(factor(WIDE - 1))
+    assert not is_large(factor().half())
+    assert not is_large(factor().to("meta"))
+    assert factor().nbytes == LARGE
+
+
+def test_without_onednn_no_factor_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(inputs_TI: Tensor, factor_IO: Tensor) -> Tensor:
+        raise RuntimeError("not on this processor")
+
+    monkeypatch.setattr(cpu_products, "product", broken)
+    has_means.cache_clear()
+    try:
+        assert not is_large(factor())
+    finally:
+        has_means.cache_clear()
+
+
+def test_gradients_flow_through_large_factors() -> None:
+    torch.manual_seed(0)
+    inputs_TI, a_IR = torch.randn(4, WIDE, requires_grad=True), factor()
+    [gradient_TI] = torch.autograd.grad(shrunk(inputs_TI, a_IR).sum(), inputs_TI)
+    assert apart(gradient_TI, a_IR.sum(1).expand(4, -1)) < LOGITS[torch.float32]
+
+
+@pytest.mark.skipif(not has_means(), reason="no oneDNN here")
+@pytest.mark.parametrize(("tokens", "rank", "batched", "by_onednn"), [(1, RANK, 1, 0), (4, RANK, 0, 2), (4, 16, 0, 0)])
+@torch.inference_mode()
+def test_a_layer_with_an_adapter_computes_what_its_path_does(
+    tokens: int, rank: int, batched: int, by_onednn: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDE, WIDE).requires_grad_(False)
+    path = LowRankPath(a_IR=factor(WIDE, rank), scaled_b_RO=factor(rank, WIDE) / WIDE, gain_O=None, shift_O=None)
+    router = Router(layer, None, stack_bytes=0)
+    router.add("it", {layer: path})
+    inputs_T1I, products = torch.randn(tokens, 1, WIDE), Products()
+    with router.routed(["it"] * tokens, None), products:
+        got_TO = layer(inputs_T1I)[:, 0]
+    expected_TO = path(inputs_T1I[:, 0], layer(inputs_T1I)[:, 0])
+    assert apart(got_TO, expected_TO) < LOGITS[torch.float32]
+    assert apart(got_TO, layer(inputs_T1I)[:, 0]) > EFFECT  # Negative control.
+    assert products.counts["aten.bmm.default"] == batched
+    assert products.counts["mkldnn._linear_pointwise.default"] == by_onednn
