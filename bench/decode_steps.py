@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -116,23 +117,33 @@ class Theirs:
         self._beside = self._inside = None
         gc.collect()
         self._beside = peft_model(shell(self._plain), folders)
-        self._inside = peft_model(copy.deepcopy(self._plain), folders[:1])
-        self._inside.merge_adapter()
+        self._inside = peft_model(copy.deepcopy(self._plain), folders)
+        self._inside.merge_adapter([folders[0].name])
 
     def plain(self, tokens: Sequence[int]) -> Step:
         """transformers without an adapter."""
         return self._step(self._plain, tokens)
 
-    def merged(self, tokens: Sequence[int]) -> Step:
+    def merged(self, tokens: Sequence[int], adapter: str) -> Step:
         """PEFT with the first adapter in the weights."""
-        return self._step(self._inside, tokens)
+        layers = tuner_layers(self._inside)
+        return self._step(self._inside, tokens, lambda: say_merged(layers, [adapter]))
 
-    def unmerged(self, tokens: Sequence[int], adapters: Sequence[str]) -> Step:
-        """PEFT beside the weights: with one adapter the active one, with several by `adapter_names`."""
-        if len(adapters) == 1:
-            return self._step(self._beside, tokens, lambda: self._beside.set_adapter(adapters[0]))
-        names = [adapters[row % len(adapters)] for row in range(len(tokens))]
-        return self._step(self._beside, tokens, adapter_names=names)
+    def unmerged(self, tokens: Sequence[int], adapters: Sequence[str], *, folded: bool = False) -> Step:
+        """PEFT beside the weights: with one adapter the active one, with several by `adapter_names`.
+
+        With `folded` beside the weights in which the first one is, as `Ours.unmerged` does, for the same reason.
+        """
+        model = self._inside if folded else self._beside
+        layers = tuner_layers(model)
+        names = None if len(adapters) == 1 else [adapters[row % len(adapters)] for row in range(len(tokens))]
+
+        def choose() -> None:
+            say_merged(layers, [])
+            if model.active_adapters != [adapters[0]]:
+                model.set_adapter(adapters[0])
+
+        return self._step(model, tokens, choose, **({} if names is None else {"adapter_names": names}))
 
     def _step(
         self, model: Any, tokens: Sequence[int], choose: Callable[[], object] = lambda: None, **options: Any
@@ -157,6 +168,17 @@ class Theirs:
         cache = DynamicCache(config=self._plain.config)
         self._plain(input_ids=self._prompts_BT[:rows], past_key_values=cache, use_cache=True)
         return cache
+
+
+def tuner_layers(model: PeftModel) -> list[BaseTunerLayer]:
+    """PEFT's layers."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def say_merged(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
+    """Has them take these adapters for merged, whatever is in their weights."""
+    for layer in layers:
+        layer.merged_adapters = list(names)
 
 
 def peft_model(model: LlamaForCausalLM, folders: Sequence[Path]) -> PeftModel:

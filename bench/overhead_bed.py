@@ -59,8 +59,9 @@ class Bed:
             "unmerged": self.ours.unmerged(tokens, names, folded=names[0]),
             "unmerged_on_base": self.ours.unmerged(tokens, names),
             "transformers": self.theirs.plain(tokens),
-            "peft_merged": self.theirs.merged(tokens),
-            "peft_unmerged": self.theirs.unmerged(tokens, names),
+            "peft_merged": self.theirs.merged(tokens, names[0]),
+            "peft_unmerged": self.theirs.unmerged(tokens, names, folded=True),
+            "peft_unmerged_on_base": self.theirs.unmerged(tokens, names),
         }
 
 
@@ -70,7 +71,11 @@ def same(steps: Mapping[str, Step]) -> None:
     for name, step in steps.items():
         step.prepare()
         logits[name] = step.run().float().clone()
-    for one, other in (("base", "transformers"), ("merged", "peft_merged"), ("unmerged_on_base", "peft_unmerged")):
+    for one, other in (
+        ("base", "transformers"),
+        ("merged", "peft_merged"),
+        ("unmerged_on_base", "peft_unmerged_on_base"),
+    ):
         apart = float((logits[one] - logits[other]).abs().max() / logits[other].abs().max())
         if apart > TOLERANCE:
             raise RuntimeError(f"{one} and {other} are {apart:.1e} apart: they did not compute the same")

@@ -40,7 +40,7 @@ def test_variants_that_do_not_compute_the_same_are_refused(bed: Bed) -> None:
 def test_adapters_that_change_nothing_are_refused(bed: Bed) -> None:
     steps = bed.steps(CELL)
     with pytest.raises(RuntimeError, match="nothing was compared"):
-        same({**steps, "unmerged_on_base": steps["base"], "peft_unmerged": steps["transformers"]})
+        same({**steps, "unmerged_on_base": steps["base"], "peft_unmerged_on_base": steps["transformers"]})
 
 
 def test_every_pair_is_complete_and_the_base_is_left_as_it_was(bed: Bed) -> None:
