@@ -75,21 +75,24 @@ def test_gradients_flow_through_large_factors() -> None:
 
 
 @pytest.mark.skipif(not has_means(), reason="no oneDNN here")
+@pytest.mark.parametrize("others", [0, 2])
 @pytest.mark.parametrize(("tokens", "rank", "batched", "by_onednn"), [(1, RANK, 1, 0), (4, RANK, 0, 2), (4, 16, 0, 0)])
 @torch.inference_mode()
 def test_a_layer_with_an_adapter_computes_what_its_path_does(
-    tokens: int, rank: int, batched: int, by_onednn: int
+    tokens: int, rank: int, batched: int, by_onednn: int, others: int
 ) -> None:
+    """Alone, and beside rows of the base."""
     torch.manual_seed(0)
     layer = nn.Linear(WIDE, WIDE).requires_grad_(False)
     path = LowRankPath(a_IR=factor(WIDE, rank), scaled_b_RO=factor(rank, WIDE) / WIDE, gain_O=None, shift_O=None)
     router = Router(layer, None, stack_bytes=0)
     router.add("it", {layer: path})
-    inputs_T1I, products = torch.randn(tokens, 1, WIDE), Products()
-    with router.routed(["it"] * tokens, None), products:
-        got_TO = layer(inputs_T1I)[:, 0]
-    expected_TO = path(inputs_T1I[:, 0], layer(inputs_T1I)[:, 0])
-    assert apart(got_TO, expected_TO) < LOGITS[torch.float32]
-    assert apart(got_TO, layer(inputs_T1I)[:, 0]) > EFFECT  # Negative control.
+    inputs_N1I, products = torch.randn(tokens + others, 1, WIDE), Products()
+    with router.routed([*["it"] * tokens, *[None] * others], None), products:
+        got_NO = layer(inputs_N1I)[:, 0]
+    base_NO = layer(inputs_N1I)[:, 0]
+    assert apart(got_NO[:tokens], path(inputs_N1I[:tokens, 0], base_NO[:tokens])) < LOGITS[torch.float32]
+    assert torch.equal(got_NO[tokens:], base_NO[tokens:])
+    assert apart(got_NO[:tokens], base_NO[:tokens]) > EFFECT  # Negative control.
     assert products.counts["aten.bmm.default"] == batched
     assert products.counts["mkldnn._linear_pointwise.default"] == by_onednn

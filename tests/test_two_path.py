@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.kernels import Kernels, Reference
+from lorafold_adapters.lone import LoneProducts, LoneWork
 from lorafold_adapters.paths import LowRankPath
 from lorafold_adapters.router import Router
 from lorafold_adapters.spans import Routing, Span, Spans
@@ -173,6 +174,16 @@ def test_a_shared_product_is_not_used_for_a_tensor_that_was_written_to() -> None
         assert torch.allclose(got_NO, torch.cat([first_NO, second_NO], dim=-1), atol=1e-5)
     stale_NO = two(before_NI, nn.Linear.forward(model.two, after_NI))
     assert not torch.allclose(got_NO[:, 6:], stale_NO, atol=1e-2)  # Negative control.
+
+
+def test_shared_products_are_let_go_once_every_site_has_had_its_own() -> None:
+    products, inputs_NI = LoneProducts(torch.randn(8, 5), [3, 2]), torch.randn(4, 8)
+    works = [LoneWork(products, piece, factors(8, 6)) for piece in (0, 0)]
+    works[0](inputs_NI, torch.zeros(4, 6), 1)
+    assert products.inputs is inputs_NI  # Negative control.
+    works[1](inputs_NI, torch.zeros(4, 6), 1)
+    assert products.inputs is None
+    assert products.pieces == ()
 
 
 def test_while_nothing_is_routed_modules_are_those_of_the_bare_base(folders: dict[str, Path]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lorafold_adapters.cpu_products import is_large
 from lorafold_adapters.grouped import Grouped, Parts
+from lorafold_adapters.lone import LoneProducts, LoneWork, lone_works
 from lorafold_adapters.parts import Expand, Other, Part, SpanExpand, SpanShrink
 from lorafold_adapters.paths import LowRankPath
 from lorafold_adapters.sharing import Shared, Sightings
@@ -18,7 +19,7 @@ class Plan:
     """The steps of one composition."""
 
     patches: tuple[Patch, ...]
-    shared: tuple[Shared, ...]
+    shared: tuple[Shared | LoneProducts, ...]
     """Those that keep anything during a forward pass."""
 
     def enter(self) -> None:
@@ -37,11 +38,12 @@ def plan(
 ) -> Plan:
     """The steps of all sites that an adapter of the batch changes."""
     patches: list[Patch] = []
-    shared: list[Shared] = []
+    shared: list[Shared | LoneProducts] = []
     for family in families:
         is_head = family.sites[0].is_head
         spans = routing.head if is_head else routing.body
-        rowwise = works(family, spans, None, is_head)
+        lone = lone_works(family, spans.spans[0].adapter) if spans.whole else {}
+        rowwise: dict[int, Work | LoneWork] = {**works(family, spans, None, is_head), **lone}
         together = {} if grouped is None else works(family, spans, grouped, is_head)
         for place, work in rowwise.items():
             site, other = family.sites[place], together.get(place)

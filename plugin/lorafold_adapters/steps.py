@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafold_adapters.cpu_products import SMALL_BYTES, SMALL_TOKENS
 from lorafold_adapters.errors import RoutingMismatch
+from lorafold_adapters.lone import LoneWork
 from lorafold_adapters.parts import Expand, Other
 from lorafold_adapters.sharing import Shared, Sightings
 from lorafold_adapters.two_path import Site
-
-SMALL_BYTES = 192 * 1024
-SMALL_TOKENS = 16
-"""Up to so many bytes of B, and tokens, one thread of a CPU is as fast as all (measured, 2 cores): it need not wait for
-others, whom the system may have sent elsewhere."""
 
 
 @dataclass(slots=True)
@@ -72,7 +69,7 @@ class EagerStep:
     batch: Batch
     sightings: Sightings
     units: int
-    rowwise: Work
+    rowwise: Work | LoneWork
     """For any number of tokens per unit."""
     grouped: Work | None
     """For one token per unit, if that is another way."""
@@ -107,7 +104,7 @@ class EagerStep:
             )
 
 
-def on_one_thread(work: Work, inputs: Tensor, outputs_NO: Tensor, tokens_per_unit: int) -> None:
+def on_one_thread(work: Work | LoneWork, inputs: Tensor, outputs_NO: Tensor, tokens_per_unit: int) -> None:
     """Does the work without other threads; changing their number takes less than a microsecond."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
