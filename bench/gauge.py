@@ -1,13 +1,16 @@
 """Whether a server's own gauge of the unmerged path says what `bench.overhead` finds, on the same model and machine.
 
-    python -m bench.gauge [--rounds 3] [--shape short] [--device cpu]
+    python -m bench.gauge [--rounds 4] [--shape short] [--device cpu]
 
-A server with eight deployments of rank 16 measures itself (`MeasureOverhead`); between its measurements this process
-measures the same cells as `bench.overhead` does, while the server has nothing to do. Then the server's gauge is read
-from its metrics page. Exit status 1 unless each of its intervals meets ours. The last line is one JSON object.
+In each round a new server with eight deployments of rank 16 measures itself (`MeasureOverhead`), and its gauge is read
+from its metrics page; then this process measures the same cells on a new model, as `bench.overhead` does, while the
+server has nothing to do. New ones, as where a process finds its memory, and which means it chooses for its linear
+layers, move its ratios by more than its intervals are wide. Exit status 1 unless the intervals of the rounds together
+meet for each cell. The last line is one JSON object.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -15,7 +18,6 @@ import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -83,54 +85,69 @@ def meet(one: Interval, other: Interval) -> bool:
     return one[0] <= other[1] and other[0] <= one[1]
 
 
-def run(shape: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Both intervals of each cell. The server's is the last of its measurements, as anybody would read it."""
+def one_round(shape: str, device: torch.device, scratch: Path) -> dict[tuple[int, int], tuple[Interval, Interval]]:
+    """Both intervals of each cell, from a new server and a new model here: ours, and the server's."""
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     group = Group(dtype=dtype, targets="all", rank=RANK)
     grid = Grid(batches=tuple(sorted({batch for batch, _ in CELLS})))
-    offline: dict[tuple[int, int], list[Seconds]] = {cell: [] for cell in CELLS}
-    live: dict[tuple[int, int], list[Interval]] = {cell: [] for cell in CELLS}
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        write_base(shaped(shape, device, getattr(torch, dtype)), scratch / "base")
-        bed = Bed(shape, device, getattr(torch, dtype), grid, scratch)
-        folders = bed.put_on(group, max(adapters for _, adapters in CELLS))
-        tables = server_tables(scratch / "base", device) | {"log": {"level": "warning"}}
-        tables["base"]["dtype"] = dtype
-        with served(scratch / "lorafold.toml", tables) as server:
-            create(server, folders)
-            for _ in range(rounds):
-                release_team()
-                measure_live(server)
-                gauge = read_gauge(server)
-                for cell in CELLS:
-                    live[cell].append(gauge[cell])
-                    steps = bed.steps(Cell(group=group, batch=cell[0], adapters=cell[1]))
-                    offline[cell] += measure([steps], device, grid.seconds)
-    return [compared(cell, offline[cell], live[cell]) for cell in CELLS]
+    model = shaped(shape, device, getattr(torch, dtype))
+    write_base(model, scratch / "base")
+    del model
+    bed = Bed(shape, device, getattr(torch, dtype), grid, scratch)
+    folders = bed.put_on(group, max(adapters for _, adapters in CELLS))
+    tables = server_tables(scratch / "base", device) | {"log": {"level": "warning"}}
+    tables["base"]["dtype"] = dtype
+    with served(scratch / "lorafold.toml", tables) as server:
+        create(server, folders)
+        release_team()
+        measure_live(server)
+        gauge = read_gauge(server)
+        cells = [bed.steps(Cell(group=group, batch=batch, adapters=adapters)) for batch, adapters in CELLS]
+        offline = measure(cells, device, grid.seconds * len(cells))
+    return {cell: (bench_interval(seconds), gauge[cell]) for cell, seconds in zip(CELLS, offline, strict=True)}
 
 
-def compared(cell: tuple[int, int], offline: Sequence[Seconds], live: Sequence[Interval]) -> dict[str, Any]:
-    """What both say of a cell: the bench over all rounds, the gauge each time."""
+def bench_interval(seconds: Seconds) -> Interval:
+    """What the bench says of one cell."""
     above, below = RATIOS["unmerged_over_merged"]
-    values = [value for seconds in offline for value in ratios(seconds[above], seconds[below])]
-    about = estimate(values)
-    bench = (about["low"], about["high"])
-    gauge = (median(low for low, _ in live), median(high for _, high in live))
+    about = estimate(ratios(seconds[above], seconds[below]))
+    return about["low"], about["high"]
+
+
+def run(shape: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """What both say of each cell."""
+    found = []
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            found.append(one_round(shape, device, Path(name)))
+        gc.collect()
+        print(f"round {number + 1} of {rounds}: {found[-1]}", flush=True)
+    return [compared(cell, [each[cell] for each in found]) for cell in CELLS]
+
+
+def compared(cell: tuple[int, int], rounds: Sequence[tuple[Interval, Interval]]) -> dict[str, Any]:
+    """What both say of a cell: each from the lowest end of its intervals to the highest."""
+    bench, gauge = ((min(low for low, _ in each), max(high for _, high in each)) for each in zip(*rounds, strict=True))
     return {
         "rows": cell[0],
         "adapters": cell[1],
-        "bench": [round(end, 3) for end in bench],
-        "gauge": [round(end, 3) for end in gauge],
-        "gauge_each_time": [[round(low, 3), round(high, 3)] for low, high in live],
+        "bench": rounded(bench),
+        "gauge": rounded(gauge),
+        "bench_each_time": [rounded(one) for one, _ in rounds],
+        "gauge_each_time": [rounded(other) for _, other in rounds],
         "agree": meet(bench, gauge),
     }
+
+
+def rounded(ends: Interval) -> list[float]:
+    """For people."""
+    return [round(end, 3) for end in ends]
 
 
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--shape", choices=[*SHAPES], help="8b on a GPU, short on a CPU, unless given")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
