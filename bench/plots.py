@@ -2,14 +2,16 @@
 
     python -m bench.plots
 
-For each theme the newest file counts. One SVG and one PNG each, transparent, in colours that can be read on white and
-on black.
+For each picture the newest file that has what it shows counts. One SVG and one PNG each, transparent, in colours that
+can be read on white and on black.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +42,36 @@ STYLE: Any = {
 Result = dict[str, Any]
 
 
-def newest(theme: str, folder: Path = RESULTS) -> list[Result]:
-    """The lines of the newest file of a theme, the result first; quick runs count not. Raises FileNotFoundError."""
+def newest(theme: str, folder: Path = RESULTS, wanted: Callable[[Result], bool] = lambda _: True) -> list[Result]:
+    """The lines of the newest file of a theme whose result is `wanted`, the result first; quick runs count not.
+
+    Raises FileNotFoundError.
+    """
     named = re.compile(rf"{theme}_[a-z0-9-]+_(\d{{4}}-\d\d-\d\d)(?:_(\d+))?\.jsonl")
     files = sorted(
         (found[1], int(found[2] or 1), file) for file in folder.iterdir() if (found := named.fullmatch(file.name))
     )
     for *_, file in reversed(files):
         lines: list[Result] = [json.loads(line) for line in file.read_text().splitlines()]
-        if "--quick" not in lines[0]["command"]:
+        if "--quick" not in lines[0]["command"] and wanted(lines[0]):
             return lines
     raise FileNotFoundError(f"no result of bench.{theme} in {folder}: run it with --record")
 
 
-def overhead(lines: Sequence[Result]) -> Figure:
+def drawn_cells(result: Result, dtype: str) -> list[Result]:
+    """Those of one dtype, with adapters on all linear layers."""
+    return [cell for cell in result["cells"] if (cell["dtype"], cell["targets"]) == (dtype, "all")]
+
+
+def several_ranks(result: Result, dtype: str) -> bool:
+    """True if there is something to draw in that dtype."""
+    return len({cell["rank"] for cell in drawn_cells(result, dtype)}) > 1
+
+
+def overhead(lines: Sequence[Result], dtype: str) -> Figure:
     """Against rank for one adapter, and against batch for several; with the limit, and PEFT's."""
     result = lines[0]
-    dtype = result["dtype"][0]
-    cells = [cell for cell in result["cells"] if (cell["dtype"], cell["targets"]) == (dtype, "all")]
+    cells = drawn_cells(result, dtype)
     figure, (left, right) = panels(result, f"a decode step unmerged, over merged; {dtype}, all linear layers")
     for colour, batch in zip(COLOURS, sorted({cell["batch"] for cell in cells}), strict=False):
         own = [cell for cell in cells if (cell["batch"], cell["adapters"]) == (batch, 1)]
@@ -150,8 +164,30 @@ def panels(result: Result, title: str) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, 2)
 
 
-PICTURES: dict[str, Callable[[Sequence[Result]], Figure]] = {"overhead": overhead, "swap": swap, "fidelity": fidelity}
-"""By theme: from the lines of its file."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """How a picture is made."""
+
+    theme: str
+    """Of its result file."""
+    draw: Callable[[Sequence[Result]], Figure]
+    """From the lines of the file."""
+    wanted: Callable[[Result], bool] = lambda _: True
+    """Whether a result has what it shows."""
+
+
+def overhead_in(dtype: str) -> Picture:
+    """What the unmerged path costs in one dtype."""
+    return Picture(theme="overhead", draw=partial(overhead, dtype=dtype), wanted=partial(several_ranks, dtype=dtype))
+
+
+PICTURES = {
+    "overhead": overhead_in("float32"),
+    "overhead_bf16": overhead_in("bfloat16"),
+    "swap": Picture(theme="swap", draw=swap),
+    "fidelity": Picture(theme="fidelity", draw=fidelity),
+}
+"""By the name of their files."""
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -159,7 +195,7 @@ def draw(results: Path, folder: Path) -> list[Path]:
     files = []
     with mpl.rc_context(STYLE):
         for name, picture in PICTURES.items():
-            figure = picture(newest(name, results))
+            figure = picture.draw(newest(picture.theme, results, picture.wanted))
             for file in (folder / f"{name}.svg", folder / f"{name}.png"):
                 metadata = {"Date": None, "Description": figure.get_label()} if file.suffix == ".svg" else {}
                 figure.savefig(file, transparent=True, dpi=160, metadata=metadata)

@@ -72,6 +72,21 @@ def test_the_newest_result_is_taken_and_one_is_needed(tmp_path: Path) -> None:
         newest("swap", tmp_path)
 
 
+def test_a_result_without_what_a_picture_shows_is_passed_over() -> None:
+    one = {"dtype": "float32", "targets": "all", "rank": 16}
+    many = {"cells": [one, {**one, "rank": 64}]}
+    assert PICTURES["overhead"].wanted(many)
+    assert not PICTURES["overhead_bf16"].wanted(many)
+    assert not PICTURES["overhead"].wanted({"cells": [one]})
+    assert not PICTURES["overhead"].wanted({"cells": [{**cell, "targets": "qv"} for cell in many["cells"]]})
+
+
+def test_older_results_are_taken_if_newer_ones_have_nothing_to_show(tmp_path: Path) -> None:
+    write(tmp_path / "overhead_x_2026-01-01.jsonl", "a")
+    write(tmp_path / "overhead_x_2026-01-02.jsonl", "b")
+    assert newest("overhead", tmp_path, lambda result: result["command"] == "a")[0]["command"] == "a"
+
+
 def write(file: Path, command: str) -> None:
     """A result."""
     file.write_text(json.dumps({"command": command}) + "\n{}\n")
