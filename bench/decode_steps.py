@@ -72,15 +72,13 @@ class Ours:
         """With one in the weights."""
         return Step(run=self._runs(tokens, [None]), prepare=lambda: self.manager.merge_adapter(adapter))
 
-    def unmerged(self, tokens: Sequence[int], adapters: Sequence[str], folded: str | None = None) -> Step:
-        """Beside the weights; rows take the adapters in turn.
+    def unmerged(self, tokens: Sequence[int], adapters: Sequence[str], folded: str) -> Step:
+        """Beside the weights in which one is folded already; rows take the adapters in turn.
 
-        With `folded` beside the weights in which that one is. What comes out is of no use, but takes the same time, in
-        the same memory as a folded step right before it.
+        What comes out is of no use, but takes the same time as beside the base's, in the same memory as a folded step
+        right before it.
         """
         run = self._runs(tokens, adapters)
-        if folded is None:
-            return Step(run=run, prepare=self.manager.unmerge_adapter)
 
         def rehearsed() -> Tensor:
             with self.manager.rehearsal():
@@ -109,41 +107,45 @@ class Theirs:
         """Reads the tensors of `model`, and does nothing to its modules."""
         self._plain = shell(model)
         self._prompts_BT = prompts_BT.to(model.device)
-        self._beside: Any = None
-        self._inside: Any = None
+        self._adapted: Any = None
+        self._layers: list[BaseTunerLayer] = []
+        self._folded = ""
 
     def replace(self, folders: Sequence[Path]) -> None:
         """Takes these adapters instead of the ones before, while the tensors are those of the base."""
-        self._beside = self._inside = None
+        self._adapted, self._layers = None, []
         gc.collect()
-        self._beside = peft_model(shell(self._plain), folders)
-        self._inside = peft_model(copy.deepcopy(self._plain), folders)
-        self._inside.merge_adapter([folders[0].name])
+        self._adapted = peft_model(copy.deepcopy(self._plain), folders)
+        self._folded = folders[0].name
+        self._adapted.merge_adapter([self._folded])
+        self._layers = [module for module in self._adapted.modules() if isinstance(module, BaseTunerLayer)]
 
     def plain(self, tokens: Sequence[int]) -> Step:
         """transformers without an adapter."""
         return self._step(self._plain, tokens)
 
-    def merged(self, tokens: Sequence[int], adapter: str) -> Step:
+    def merged(self, tokens: Sequence[int]) -> Step:
         """PEFT with the first adapter in the weights."""
-        layers = tuner_layers(self._inside)
-        return self._step(self._inside, tokens, lambda: say_merged(layers, [adapter]))
+        return self._step(self._adapted, tokens, lambda: self._say_merged([self._folded]))
 
-    def unmerged(self, tokens: Sequence[int], adapters: Sequence[str], *, folded: bool = False) -> Step:
-        """PEFT beside the weights: with one adapter the active one, with several by `adapter_names`.
+    def unmerged(self, tokens: Sequence[int], adapters: Sequence[str]) -> Step:
+        """PEFT beside the weights in which the first adapter is, for the reason that `Ours.unmerged` gives.
 
-        With `folded` beside the weights in which the first one is, as `Ours.unmerged` does, for the same reason.
+        With one adapter the active one, with several by `adapter_names`.
         """
-        model = self._inside if folded else self._beside
-        layers = tuner_layers(model)
         names = None if len(adapters) == 1 else [adapters[row % len(adapters)] for row in range(len(tokens))]
 
         def choose() -> None:
-            say_merged(layers, [])
-            if model.active_adapters != [adapters[0]]:
-                model.set_adapter(adapters[0])
+            self._say_merged([])
+            if self._adapted.active_adapters != [adapters[0]]:
+                self._adapted.set_adapter(adapters[0])
 
-        return self._step(model, tokens, choose, **({} if names is None else {"adapter_names": names}))
+        return self._step(self._adapted, tokens, choose, **({} if names is None else {"adapter_names": names}))
+
+    def _say_merged(self, names: Sequence[str]) -> None:
+        """Has PEFT's layers take these adapters for merged, whatever is in their weights."""
+        for layer in self._layers:
+            layer.merged_adapters = list(names)
 
     def _step(
         self, model: Any, tokens: Sequence[int], choose: Callable[[], object] = lambda: None, **options: Any
@@ -168,17 +170,6 @@ class Theirs:
         cache = DynamicCache(config=self._plain.config)
         self._plain(input_ids=self._prompts_BT[:rows], past_key_values=cache, use_cache=True)
         return cache
-
-
-def tuner_layers(model: PeftModel) -> list[BaseTunerLayer]:
-    """PEFT's layers."""
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def say_merged(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
-    """Has them take these adapters for merged, whatever is in their weights."""
-    for layer in layers:
-        layer.merged_adapters = list(names)
 
 
 def peft_model(model: LlamaForCausalLM, folders: Sequence[Path]) -> PeftModel:

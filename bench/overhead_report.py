@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from bench.grid import Cell
 from bench.roofline import Extra
-from lorafold_adapters.overhead import FEWEST, interval
+from lorafold_adapters.overhead import FEWEST, RESAMPLES, interval
 
 PRECISION = 0.04
 """Width of an interval over the ratio that is wanted."""
@@ -61,15 +63,25 @@ def known(key: str, seconds: Mapping[str, Sequence[float]]) -> bool:
     return "low" in about and width(about) <= PRECISION
 
 
-def added(seconds: Mapping[str, Sequence[float]], key: str) -> float:
-    """Seconds that the first variant of a pair takes longer than the second: the median."""
+def added(seconds: Mapping[str, Sequence[float]], key: str) -> list[float]:
+    """By how many seconds the first variant of each pair takes longer than the second."""
     above, below = (seconds[name] for name in RATIOS[key])
-    return median([one - other for one, other in zip(above, below, strict=True)])
+    return [one - other for one, other in zip(above, below, strict=True)]
 
 
-def added_over(ours: float, peft: float) -> float | None:
-    """PEFT's over ours; None where ours is lost in the noise."""
-    return round(peft / ours, 3) if ours > 0 else None
+def added_over(peft: Sequence[float], ours: Sequence[float]) -> dict[str, float] | None:
+    """PEFT's median over ours, with its 95 % interval by bootstrap; None where one of them is lost in the noise."""
+    if median(peft) <= 0 or median(ours) <= 0:
+        return None
+    numbers = np.random.default_rng(0)
+    above, below = (
+        np.median(numbers.choice(np.asarray(values), size=(RESAMPLES, len(values))), axis=1) for values in (peft, ours)
+    )
+    low, high = np.quantile(above / np.maximum(below, np.finfo(float).tiny), [0.025, 0.975])
+    return {
+        name: round(float(value), 3)
+        for name, value in zip(("median", "low", "high"), (median(peft) / median(ours), low, high), strict=True)
+    }
 
 
 def found(cell: Cell, seconds: Mapping[str, Sequence[float]], more: Extra, rates: Rates) -> dict[str, Any]:
@@ -87,7 +99,7 @@ def found(cell: Cell, seconds: Mapping[str, Sequence[float]], more: Extra, rates
         "pairs": len(seconds["merged"]),
         **{key: estimate(ratios(seconds[above], seconds[below])) for key, (above, below) in RATIOS.items()},
         "peft_over_ours": round(median(seconds["peft_unmerged"]) / median(seconds["unmerged"]), 3),
-        "peft_added_over_ours": added_over(*(added(seconds, key) for key in WANTED)),
+        "peft_added_over_ours": added_over(*(added(seconds, key) for key in reversed(WANTED))),
         "limit": round(1 + more.seconds(rates.bandwidth, rates.products) / merged, 4),
         "milliseconds": {name: round(median(taken) * 1e3, 4) for name, taken in seconds.items() if taken},
     }
@@ -99,7 +111,7 @@ def show(result: Mapping[str, Any], *, absolute: bool) -> None:
     adds = result["peft_added_over_ours"]
     print(
         f"{result['key']}: unmerged over merged {said(ours)}, limit {result['limit']:.3f}, PEFT {said(peft)}; "
-        f"PEFT's step over ours {result['peft_over_ours']:.2f}, what it adds {'-' if adds is None else f'{adds:.2f}'}; "
+        f"PEFT's step over ours {result['peft_over_ours']:.2f}, what it adds {'-' if adds is None else said(adds)}; "
         f"merged over base {said(result['merged_over_base'])}, "
         f"transformers over merged {result['transformers_over_merged']['median']:.2f}, {result['pairs']} pairs"
         + (f", ms {result['milliseconds']}" if absolute else ""),
@@ -126,7 +138,9 @@ def headline(results: Sequence[Mapping[str, Any]], timings: Mapping[str, Mapping
         "peft_unmerged_over_merged": {each["key"]: each["peft_unmerged_over_merged"]["median"] for each in results},
         "peft_ci95": {each["key"]: bounds(each["peft_unmerged_over_merged"]) for each in results},
         "peft_over_ours": {each["key"]: each["peft_over_ours"] for each in results},
-        "peft_added_over_ours": {each["key"]: each["peft_added_over_ours"] for each in results},
+        "peft_added_over_ours": {
+            each["key"]: each["peft_added_over_ours"] and each["peft_added_over_ours"]["median"] for each in results
+        },
         "merged_over_base": every["median"],
         "merged_over_base_ci95": bounds(every),
         "limit": {each["key"]: each["limit"] for each in results},

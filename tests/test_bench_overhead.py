@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.gauge import meet
+from bench.gauge import compared
 from bench.grid import QUICK, TARGETS, Cell, Grid, Group, parsed, planned
 from bench.overhead import changed_shapes, measure, needed, skeleton
 from bench.overhead_bed import Bed, same
@@ -34,13 +34,15 @@ def test_every_variant_computes_what_its_peer_does(bed: Bed) -> None:
 def test_variants_that_do_not_compute_the_same_are_refused(bed: Bed) -> None:
     steps = bed.steps(CELL)
     with pytest.raises(RuntimeError, match="did not compute the same"):
-        same({**steps, "unmerged_on_base": steps["base"]})
+        same({**steps, "unmerged": steps["merged"]})
 
 
 def test_adapters_that_change_nothing_are_refused(bed: Bed) -> None:
     steps = bed.steps(CELL)
     with pytest.raises(RuntimeError, match="nothing was compared"):
-        same({**steps, "unmerged_on_base": steps["base"], "peft_unmerged_on_base": steps["transformers"]})
+        same({**steps, "unmerged": steps["merged"], "peft_unmerged": steps["peft_merged"]})
+    with pytest.raises(RuntimeError, match="nothing was compared"):
+        same({**steps, "merged": steps["base"], "peft_merged": steps["transformers"]})
 
 
 def test_every_pair_is_complete_and_the_base_is_left_as_it_was(bed: Bed) -> None:
@@ -150,10 +152,13 @@ def test_few_values_have_no_interval() -> None:
     assert estimate([1.0, 2.0, 3.0]) == {"median": 2.0}
 
 
-def test_intervals_meet_or_do_not() -> None:
-    assert meet((1.0, 1.1), (1.1, 1.2))
-    assert meet((1.0, 1.5), (1.1, 1.2))
-    assert not meet((1.0, 1.1), (1.11, 1.2))
+def test_the_gauge_agrees_unless_all_its_ratios_are_on_one_side() -> None:
+    bench = [(ratio, ratio - 0.01, ratio + 0.01) for ratio in (1.08, 1.1, 1.09, 1.12)]
+    near = [(ratio + 0.01, ratio, math.inf) for ratio, *_ in bench]
+    far = [(ratio + 0.05, ratio, math.inf) for ratio, *_ in bench]
+    assert compared((8, 1), list(zip(bench, near, strict=True)))["agree"]
+    assert not compared((8, 1), list(zip(bench, far, strict=True)))["agree"]
+    assert not compared((8, 1), list(zip(far, bench, strict=True)))["agree"]
 
 
 def test_what_is_needed_grows_with_rank_rows_and_adapters() -> None:

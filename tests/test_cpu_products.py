@@ -20,18 +20,21 @@ def factor(rows: int = WIDE, columns: int = RANK) -> Tensor:
     return torch.randn(rows, columns)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 40, 200])
 @pytest.mark.parametrize("features", [WIDE, WIDE + 2])
 @torch.inference_mode()
 def test_the_product_with_a_is_what_it_is_in_fp64(tokens: int, features: int) -> None:
     torch.manual_seed(0)
     inputs_TI, a_IR = torch.randn(tokens, features), factor(features)
     expected = inputs_TI.double() @ a_IR.double()
+    assert shrunk(inputs_TI, a_IR).shape == expected.shape
+    if tokens == 0:
+        return
     assert apart(shrunk(inputs_TI, a_IR), expected) < LOGITS[torch.float32]
     assert apart(shrunk(inputs_TI, a_IR * 1.02), expected) > EFFECT  # Negative control.
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 40, 200])
 @torch.inference_mode()
 def test_the_product_with_b_is_added_in_place_and_takes_a_piece_of_a_row(tokens: int) -> None:
     torch.manual_seed(0)
@@ -43,6 +46,8 @@ def test_the_product_with_b_is_added_in_place_and_takes_a_piece_of_a_row(tokens:
     expected = outputs_TO.double() + products_TR.double() @ b_RO.double()
     before = outputs_TO.clone()
     add_expanded(outputs_TO, products_TR, b_RO)
+    if tokens == 0:
+        return
     assert apart(outputs_TO, expected) < LOGITS[torch.float32]
     assert apart(before, expected) > EFFECT  # Negative control.
 
@@ -69,9 +74,24 @@ def test_without_onednn_no_factor_is_large(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_gradients_flow_through_large_factors() -> None:
     torch.manual_seed(0)
-    inputs_TI, a_IR = torch.randn(4, WIDE, requires_grad=True), factor()
-    [gradient_TI] = torch.autograd.grad(shrunk(inputs_TI, a_IR).sum(), inputs_TI)
-    assert apart(gradient_TI, a_IR.sum(1).expand(4, -1)) < LOGITS[torch.float32]
+    inputs_TI, a_IR, b_RO = torch.randn(4, WIDE, requires_grad=True), factor(), factor(RANK, WIDE)
+    outputs_TO = torch.zeros(4, WIDE)
+    add_expanded(outputs_TO, shrunk(inputs_TI, a_IR), b_RO)
+    [gradient_TI] = torch.autograd.grad(outputs_TO.sum(), inputs_TI)
+    assert apart(gradient_TI, (a_IR @ b_RO.sum(1)).expand(4, -1)) < LOGITS[torch.float32]
+
+
+@pytest.mark.parametrize(("tokens", "compiling"), [(200, False), (4, True)])
+@torch.inference_mode()
+def test_many_tokens_and_compilers_get_a_plain_product(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, compiling: bool
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    products = Products()
+    with products:
+        shrunk(torch.randn(tokens, WIDE), factor())
+        add_expanded(torch.zeros(tokens, WIDE), torch.randn(tokens, RANK), factor(RANK, WIDE))
+    assert products.counts["mkldnn._linear_pointwise.default"] == 0
 
 
 @pytest.mark.skipif(not has_means(), reason="no oneDNN here")
@@ -84,7 +104,12 @@ def test_a_layer_with_an_adapter_computes_what_its_path_does(
     """Alone, and beside rows of the base."""
     torch.manual_seed(0)
     layer = nn.Linear(WIDE, WIDE).requires_grad_(False)
-    path = LowRankPath(a_IR=factor(WIDE, rank), scaled_b_RO=factor(rank, WIDE) / WIDE, gain_O=None, shift_O=None)
+    path = LowRankPath(
+        a_IR=factor(WIDE, rank),
+        scaled_b_RO=factor(rank, WIDE) / WIDE,
+        gain_O=torch.rand(WIDE),
+        shift_O=torch.rand(WIDE),
+    )
     router = Router(layer, None, stack_bytes=0)
     router.add("it", {layer: path})
     inputs_N1I, products = torch.randn(tokens + others, 1, WIDE), Products()

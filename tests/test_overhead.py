@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,7 +63,27 @@ def test_borrowed_pages_are_nobodys() -> None:
     assert len({page for pages in lent for page in pages}) == 18
     assert not taken & {page for pages in lent for page in pages}
     assert pool.borrow(4, 24) is None, "22 pages are free"
-    assert pool.start("a", tokens).sealed == 4, "the prefix is still known"
+    known = pool.start("a", tokens)
+    assert known.sealed == 4, "the prefix is still known"
+    pool.release(known)
+
+
+def test_old_prefixes_make_room_for_borrowed_pages_the_oldest_first() -> None:
+    pool = PagePool(pages=33, size=4)
+    tokens = list(range(20))
+    for adapter in "abcdef":  # 5 pages each, one after the other.
+        holding = pool.start(adapter, tokens)
+        pool.grow(holding, 20, at_most=20)
+        pool.seal(holding, tokens, 20)
+        pool.release(holding)
+    assert pool.borrow(9, 16) is None, "36 pages are more than there are"
+    assert [pool.start(adapter, tokens).sealed for adapter in "f"] == [4], "nothing was forgotten for that"
+    lent = pool.borrow(4, 16)
+    assert lent is not None
+    assert len({page for pages in lent for page in pages}) == 16
+    found = [pool.start(adapter, tokens).sealed for adapter in "abcde"]
+    assert found[0] == found[1] == found[2] == 0
+    assert found[4] == 4
 
 
 def test_made_up_adapters_are_like_the_one_they_stand_in_for(adapter_on_llama) -> None:  # type: ignore[no-untyped-def]
@@ -101,3 +122,19 @@ def test_costs_go_by_pairs_where_no_such_step_of_requests_was_timed() -> None:
     assert before != costs.two_path_seconds(4, 2) != costs.two_path_seconds(4, 8)
     costs.step(adapters=2, rows=4, seconds=0.020)
     assert costs.two_path_seconds(4, 2) == pytest.approx(0.020), "what requests take counts first"
+
+
+def test_a_plain_step_never_costs_more_than_one_with_an_adapter_beside_the_weights() -> None:
+    costs = Costs()
+    for _ in range(5):
+        costs.step(adapters=0, rows=4, seconds=0.5)  # While the machine had other work.
+        costs.step(adapters=1, rows=4, seconds=0.012)
+    assert costs.plain_seconds(4) == pytest.approx(0.012)
+    cell = replace(CELL, batch=4, adapters=1)
+    costs.measured(
+        Overhead(cell=cell, pairs=20, ratio=1.2, low=1.1, high=1.3, plain_seconds=0.010, unmerged_seconds=0.012)
+    )
+    assert costs.plain_seconds(4) == pytest.approx(0.010)
+    for _ in range(40):
+        costs.step(adapters=0, rows=4, seconds=0.009)
+    assert costs.plain_seconds(4) == pytest.approx(0.009), "what was measured counts where it is possible"

@@ -113,6 +113,7 @@ def test_one_measures_at_a_time_and_hanging_up_ends_it(own: RunningServer, until
         ({"batches": [1], "adapters": [8]}, "no batch has so many rows"),
         ({"precision": 0.0}, "precision"),
         ({"max_pairs": 0}, "max_pairs"),
+        ({"max_pairs": 15}, "max_pairs"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(own: RunningServer, request_fields: dict[str, Any], field: str) -> None:

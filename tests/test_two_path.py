@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafold_adapters import AdapterManager
 from lorafold_adapters.kernels import Kernels, Reference
-from lorafold_adapters.lone import LoneProducts, LoneWork
+from lorafold_adapters.lone import EVERY, LoneProducts, LoneWork
+from lorafold_adapters.parts import SpanShrink
 from lorafold_adapters.paths import LowRankPath
 from lorafold_adapters.router import Router
 from lorafold_adapters.spans import Routing, Span, Spans
@@ -177,13 +178,41 @@ def test_a_shared_product_is_not_used_for_a_tensor_that_was_written_to() -> None
 
 
 def test_shared_products_are_let_go_once_every_site_has_had_its_own() -> None:
-    products, inputs_NI = LoneProducts(torch.randn(8, 5), [3, 2]), torch.randn(4, 8)
-    works = [LoneWork(products, piece, factors(8, 6)) for piece in (0, 0)]
+    products, inputs_NI = LoneProducts(SpanShrink(EVERY, torch.randn(8, 6), (3, 3), False)), torch.randn(4, 8)
+    works = [LoneWork(products, piece, factors(8, 6)) for piece in (0, 1)]
     works[0](inputs_NI, torch.zeros(4, 6), 1)
     assert products.inputs is inputs_NI  # Negative control.
     works[1](inputs_NI, torch.zeros(4, 6), 1)
     assert products.inputs is None
     assert products.pieces == ()
+
+
+@torch.inference_mode()
+def test_a_forward_that_broke_leaves_nothing_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6).requires_grad_(False)
+    path = factors(8, 6)
+    router = Router(layer, None, stack_bytes=0)
+    router.add("it", {layer: path})
+    inputs_N1I = torch.randn(4, 1, 8)  # An inference tensor does not say that it was written to.
+
+    def run() -> Tensor:
+        with router.routed(["it"] * 4, None):
+            outputs: Tensor = layer(inputs_N1I)[:, 0]
+        return outputs
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Tensor, "addmm_", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run()
+    inputs_N1I.mul_(3)
+    got_NO = run()
+    expected_NO = path(inputs_N1I[:, 0], layer(inputs_N1I)[:, 0])
+    assert apart(got_NO, expected_NO) < LOGITS[torch.float32]
+
+
+def out_of_memory(*_: Any) -> Tensor:
+    raise RuntimeError("out of memory")
 
 
 def test_while_nothing_is_routed_modules_are_those_of_the_bare_base(folders: dict[str, Path]) -> None:

@@ -122,8 +122,18 @@ class Costs:
         self._changes.setdefault((was_folded, is_folded), Recent()).add(seconds)
 
     def plain_seconds(self, rows: int) -> float | None:
-        """Of a step of folded rows; None while nothing was measured."""
-        return known(self.plain, self.two_path, 1 / self.overhead(rows), rows)
+        """Of a step of folded rows; None while nothing was measured.
+
+        It is never longer than with one adapter beside the weights. What says so was measured while the machine had
+        other work, and would never be measured again by a policy that believed it and folded nothing.
+        """
+        found = known(self.plain, self.two_path, 1 / self.overhead(rows), rows)
+        alone = self._by_adapters.get(1)
+        beside = alone.at(rows) if alone is not None and alone.covers(rows) else None
+        if found is None or beside is None:
+            return found
+        added = self._added.get((bucket(rows), 1), 0.0)
+        return min(found, max(beside - added, beside / ASSUMED_OVERHEAD))
 
     def two_path_seconds(self, rows: int, adapters: int) -> float | None:
         """Of a step of rows with so many adapters beside the weights; None while nothing was measured."""

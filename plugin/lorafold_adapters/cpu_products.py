@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 SMALL_BYTES = 192 * 1024
-SMALL_TOKENS = 16
-"""Up to so many bytes of B, and tokens, one thread of a CPU is as fast as all (measured, 2 cores): it need not wait for
+"""Of B, up to which one thread of a CPU is as fast as all for `SMALL_TOKENS` (measured, 2 cores): it need not wait for
 others, whom the system may have sent elsewhere."""
+SMALL_TOKENS = 16
 LARGE = 1024 * 1024
-"""Bytes of a factor from which on this pays."""
+"""Bytes of a factor from which on other means than BLAS pay."""
+FEW_TOKENS = 128
+"""Up to which they do."""
 PARTS = 8
 """Parts of the in-features whose products run beside each other, and are summed."""
 
@@ -35,9 +37,9 @@ def has_means() -> bool:
     return True
 
 
-def is_small(factor: Tensor) -> bool:
+def is_small(a_IR: Tensor, b_RO: Tensor) -> bool:
     """True if one thread does as well as all while tokens are few."""
-    return factor.device.type == "cpu" and factor.nbytes <= SMALL_BYTES
+    return b_RO.device.type == "cpu" and b_RO.nbytes <= SMALL_BYTES and a_IR.nbytes < LARGE
 
 
 def is_large(factor: Tensor) -> bool:
@@ -53,21 +55,21 @@ def shrunk(inputs_TI: Tensor, a_IR: Tensor) -> Tensor:
         return product(inputs_TI, a_IR)
     if features % PARTS:
         return torch.mm(inputs_TI, a_IR)
-    parts_PTI = inputs_TI.reshape(tokens, PARTS, -1).transpose(0, 1)
+    parts_PTI = inputs_TI.reshape(tokens, PARTS, features // PARTS).transpose(0, 1)
     return torch.bmm(parts_PTI, a_IR.view(PARTS, features // PARTS, -1)).sum(0)
 
 
 def add_expanded(outputs_TO: Tensor, products_TR: Tensor, b_RO: Tensor) -> None:
     """Adds `products_TR @ b_RO` to the outputs, of a large B."""
-    if products_TR.shape[0] > 2:
+    if 2 < products_TR.shape[0] <= FEW_TOKENS:
         outputs_TO.add_(product(products_TR, b_RO))
     else:
         outputs_TO.addmm_(products_TR, b_RO)
 
 
 def product(inputs_TI: Tensor, factor_IO: Tensor) -> Tensor:
-    """By oneDNN, unless gradients are wanted: of it autograd knows nothing."""
-    if torch.is_grad_enabled():
+    """By oneDNN, of which autograd knows nothing, and of which a compiler wants weights that never change."""
+    if inputs_TI.shape[0] > FEW_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.mm(inputs_TI, factor_IO)
     outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs_TI, factor_IO.T, None, "none", [], "")
     return outputs

@@ -6,26 +6,25 @@ have in common is computed by the first of them, as in `sharing`.
 Shapes in the names: N tokens of a batch, I in-features, R rank, O out-features.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from lorafold_adapters.cpu_products import add_expanded, is_large, is_small, shrunk
+from lorafold_adapters.cpu_products import add_expanded, is_large, is_small
+from lorafold_adapters.parts import Part, SpanShrink
 from lorafold_adapters.paths import LowRankPath
 from lorafold_adapters.sharing import Products, version_of
 from lorafold_adapters.two_path import Family
+
+EVERY = Part(start=0, stop=1, whole=True)
 
 
 class LoneProducts:
     """Of all tokens with the A's of a family."""
 
-    __slots__ = ("_a_IR", "_is_large", "_ranks", "inputs", "left", "pieces", "version")
+    __slots__ = ("_shrink", "_users", "inputs", "left", "pieces", "version")
 
-    def __init__(self, a_IR: Tensor, ranks: Sequence[int]) -> None:
-        self._a_IR = a_IR
-        self._ranks = list(ranks)
-        self._is_large = is_large(a_IR)
+    def __init__(self, shrink: SpanShrink) -> None:
+        self._shrink = shrink
+        self._users = len(shrink.ranks)
         self.inputs: Tensor | None = None
         """What the products are of."""
         self.version = -1
@@ -35,17 +34,10 @@ class LoneProducts:
         self.left = 0
         """Sites that have not had theirs yet."""
 
-    @property
-    def keeps(self) -> bool:
-        """True if anything is kept from one site to the next."""
-        return len(self._ranks) > 1
-
     def renew(self, inputs: Tensor) -> None:
         """Computes them of `inputs` [..., I]."""
-        inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-        shrunk_NR = shrunk(inputs_NI, self._a_IR) if self._is_large else torch.mm(inputs_NI, self._a_IR)
-        self.pieces = shrunk_NR.split_with_sizes(self._ranks, 1) if self.keeps else (shrunk_NR,)
-        self.inputs, self.version, self.left = inputs, version_of(inputs), len(self._ranks)
+        self.pieces = self._shrink(inputs.reshape(-1, inputs.shape[-1]), 1)
+        self.inputs, self.version, self.left = inputs, version_of(inputs), self._users
 
     def forget(self) -> None:
         """Lets go of the last inputs."""
@@ -59,7 +51,7 @@ class LoneWork:
 
     def __init__(self, shared: LoneProducts, piece: int, path: LowRankPath) -> None:
         self.shared = shared
-        self.small = is_small(path.scaled_b_RO)
+        self.small = is_small(path.a_IR, path.scaled_b_RO)
         self._piece = piece
         self._b_RO, self._gain_O, self._shift_O = path.scaled_b_RO, path.gain_O, path.shift_O
         self._is_large = is_large(path.scaled_b_RO)
@@ -87,5 +79,6 @@ def lone_works(family: Family, name: str) -> dict[int, LoneWork]:
     paths = family.low_rank(name)
     if not paths:
         return {}
-    shared = LoneProducts(family.products[name], [path.rank for path in paths.values()])
+    a_IR = family.products[name]
+    shared = LoneProducts(SpanShrink(EVERY, a_IR, tuple(path.rank for path in paths.values()), is_large(a_IR)))
     return {place: LoneWork(shared, piece, path) for piece, (place, path) in enumerate(paths.items())}

@@ -20,7 +20,7 @@ class Plan:
 
     patches: tuple[Patch, ...]
     shared: tuple[Shared | LoneProducts, ...]
-    """Those that keep anything during a forward pass."""
+    """What is kept during a forward pass."""
 
     def enter(self) -> None:
         """From now on the sites run their steps."""
@@ -52,7 +52,7 @@ def plan(
             )
             patches.append(Patch.of(site, step))
             shared += [one.shared for one in (work, other) if one is not None and one.shared is not None]
-    return Plan(patches=tuple(patches), shared=tuple(dict.fromkeys(one for one in shared if one.keeps)))
+    return Plan(patches=tuple(patches), shared=tuple(dict.fromkeys(shared)))
 
 
 def works(family: Family, spans: Spans, grouped: Grouped | None, is_head: bool) -> dict[int, Work]:

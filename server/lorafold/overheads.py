@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import structlog
 
@@ -195,7 +195,9 @@ class Overheads:
         self._metrics.found(found)
         if deployed:
             self._engine.call(lambda: self._engine.weights.costs.measured(found))
-        log.info("unmerged path measured", cell=found.cell, ratio=round(found.ratio, 3), pairs=found.pairs)
+        interval = [round(found.low, 3), round(found.high, 3)]
+        about = {"ratio": round(found.ratio, 3), "interval": interval, "pairs": found.pairs}
+        log.info("unmerged path measured", **asdict(found.cell), **about)
         return now
 
     async def _burst(self, trial: Trial, pairs: int, *, only_alone: bool = False) -> bool:

@@ -62,9 +62,13 @@ def overhead(
         request.precision = precision
     if max_pairs is not None:
         request.max_pairs = max_pairs
+    refused = 0
     with connected(address) as client:
         for message in client.stubs.weights.MeasureOverhead(request):
             tell(message, as_json)
+            refused += message.HasField("refusal")
+    if refused:
+        raise click.ClickException(f"{counted(refused, 'combination')} could not be measured")
 
 
 def tell(message: "MeasureOverheadResponse", as_json: bool) -> None:

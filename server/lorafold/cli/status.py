@@ -97,5 +97,5 @@ def unnamed(digest: str) -> str:
 
 def ms(time: Duration) -> str:
     """Milliseconds, or that nobody knows yet."""
-    microseconds = time.ToMicroseconds()
-    return f"{microseconds / 1000:.1f} ms" if microseconds else "not measured"
+    found = time.ToMicroseconds() / 1000
+    return f"{found:.{0 if found >= 100 else 1 if found >= 10 else 2}f} ms" if found else "not measured"

@@ -129,10 +129,18 @@ class PagePool:
     def borrow(self, sequences: int, tokens: int) -> list[range] | None:
         """Free pages in one piece for each of `sequences`; None if there are not so many.
 
-        They stay free: nothing may be asked of the pool while they are used.
+        Old prefixes make room, the longest unused first. The pages stay free: nothing may be asked of the pool while
+        they are used.
         """
-        width, found, start = self.pages_for(tokens), list[range](), 0
-        for _ in range(sequences):
+        width = self.pages_for(tokens)
+        found = self._free_pieces(sequences, width)
+        if found is None and self._clear(sequences * width) >= 0:
+            found = self._free_pieces(sequences, width)
+        return found
+
+    def _free_pieces(self, count: int, width: int) -> list[range] | None:
+        found, start = list[range](), 0
+        for _ in range(count):
             first = self._state.find(bytes([FREE]) * width, start)
             if first < 0:
                 return None

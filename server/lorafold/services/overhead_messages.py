@@ -6,7 +6,7 @@ from lorafold.errors import InvalidField
 from lorafold.overheads import Grid, Step
 from lorafold.services.events import duration
 from lorafold.v1 import weights_pb2 as pb
-from lorafold_adapters.overhead import Cell, Overhead
+from lorafold_adapters.overhead import FEWEST, Cell, Overhead
 
 MOST_PAIRS = 1000
 
@@ -18,8 +18,8 @@ def grid(request: pb.MeasureOverheadRequest) -> Grid:
     if not 0 < precision < 1:
         raise InvalidField("precision", f"is {precision:g}: give a share between 0 and 1")
     pairs = request.max_pairs if request.HasField("max_pairs") else asked.max_pairs
-    if not 1 <= pairs <= MOST_PAIRS:
-        raise InvalidField("max_pairs", f"is {pairs}: give 1 to {MOST_PAIRS}")
+    if not FEWEST <= pairs <= MOST_PAIRS:
+        raise InvalidField("max_pairs", f"is {pairs}: give {FEWEST} to {MOST_PAIRS}; fewer say nothing of the interval")
     return Grid(
         batches=distinct(request.batches),
         adapters=distinct(request.adapters),
