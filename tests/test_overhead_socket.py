@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lorafold.client import ServerError, translated
+from lorafold.engine.pages import FREE, PagePool
 from lorafold.v1 import deployment_pb2
 from lorafold.v1 import weights_pb2 as pb
 from tests.conftest import RunningServer, demo_config, metric, serving
@@ -145,6 +146,22 @@ def test_a_cell_that_finds_no_room_is_left_out_with_the_reason() -> None:
         assert [each.cell.batch for each in refused] == [8]
         assert "engine.kv_memory_gib" in refused[0].reason
         assert tight.client.generate("Hello", deployment="rot13").text == "Uryyb"
+
+
+def test_a_cache_full_of_old_prefixes_has_room() -> None:
+    small = {"max_batch": 4, "max_context": 64, "kv_memory_gib": 0.0005}
+    with serving(demo_config(engine=small)) as used:
+        pool = used.app.parts.engine._scheduler.pool
+        texts = iter(range(1000))
+        while free_of(pool) > 4:
+            used.client.generate(f"{next(texts)} is a prompt of two pages", deployment="rot13", max_tokens=16)
+        messages = measured(used, batches=[4], adapters=[1], ranks=[8], contexts=[40], max_pairs=16)
+        assert [m.overhead.cell.batch for m in messages if m.HasField("overhead")] == [4]
+
+
+def free_of(pool: PagePool) -> int:
+    """Pages that hold nothing."""
+    return pool._state.count(FREE)
 
 
 def test_the_command_tells_it_in_words(own: RunningServer) -> None:
