@@ -5,8 +5,8 @@
 In each round a new server with eight deployments of rank 16 measures itself (`MeasureOverhead`), and its gauge is read
 from its metrics page; then this process measures the same cells on a new model, as `bench.overhead` does, while the
 server has nothing to do. New ones, as where a process finds its memory, and which means it chooses for its linear
-layers, move its ratios by more than its intervals are wide. Exit status 1 if for a cell all ratios of the one are above
-all of the other. With `--record` the result is kept. The last line is one JSON object.
+layers, move its ratios by more than its intervals are wide. Exit status 1 unless for each cell the typical intervals
+of both meet, which have the medians of all ends. With `--record` the result is kept. The last line is one JSON object.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -82,12 +83,14 @@ def read_gauge(server: Server) -> dict[tuple[int, int], Found]:
     return {cell: (ratio[cell], low[cell], high[cell]) for cell in ratio}
 
 
-def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    """True unless all of one are above all of the other.
+def typical(found: Sequence[Found]) -> tuple[float, float]:
+    """The interval of a process: the medians of its ends."""
+    return median(low for _, low, _ in found), median(high for *_, high in found)
 
-    Of four and four that differ by chance alone, one in 35 has none.
-    """
-    return min(one) <= max(other) and min(other) <= max(one)
+
+def meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """True if the intervals have a point in common."""
+    return one[0] <= other[1] and other[0] <= one[1]
 
 
 def one_round(shape: str, device: torch.device, scratch: Path) -> dict[tuple[int, int], tuple[Found, Found]]:
@@ -131,14 +134,16 @@ def run(shape: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
 
 
 def compared(cell: tuple[int, int], rounds: Sequence[tuple[Found, Found]]) -> dict[str, Any]:
-    """The ratios of all rounds, with their intervals, and whether they overlap."""
+    """The typical intervals of both, whether they meet, and all ratios with their intervals."""
     bench, gauge = zip(*rounds, strict=True)
     return {
         "rows": cell[0],
         "adapters": cell[1],
-        "bench": [[round(value, 3) for value in each] for each in bench],
-        "gauge": [[round(value, 3) for value in each] for each in gauge],
-        "agree": overlap([ratio for ratio, *_ in bench], [ratio for ratio, *_ in gauge]),
+        "bench": [round(end, 3) for end in typical(bench)],
+        "gauge": [round(end, 3) for end in typical(gauge)],
+        "bench_each_time": [[round(value, 3) for value in each] for each in bench],
+        "gauge_each_time": [[round(value, 3) for value in each] for each in gauge],
+        "agree": meet(typical(bench), typical(gauge)),
     }
 
 
@@ -156,9 +161,10 @@ def main() -> int:
     shape = arguments.shape or ("8b" if device.type == "cuda" else "short")
     found = run(shape, device, arguments.rounds)
     for each in found:
-        bench, gauge = (sorted(ratio for ratio, *_ in each[side]) for side in ("bench", "gauge"))
         verdict = "agree" if each["agree"] else "DISAGREE"
-        print(f"{each['rows']} rows, {each['adapters']} adapters: bench {bench}, gauge {gauge}: {verdict}")
+        print(
+            f"{each['rows']} rows, {each['adapters']} adapters: bench {each['bench']}, gauge {each['gauge']}: {verdict}"
+        )
     agree = all(each["agree"] for each in found)
     result = {"agree": agree, "cells": found, "rank": RANK, "shape": shape, **describe(device, skeleton(shape))}
     if arguments.record:

@@ -152,13 +152,15 @@ def test_few_values_have_no_interval() -> None:
     assert estimate([1.0, 2.0, 3.0]) == {"median": 2.0}
 
 
-def test_the_gauge_agrees_unless_all_its_ratios_are_on_one_side() -> None:
+def test_the_gauge_agrees_if_typical_intervals_meet() -> None:
     bench = [(ratio, ratio - 0.01, ratio + 0.01) for ratio in (1.08, 1.1, 1.09, 1.12)]
-    near = [(ratio + 0.01, ratio, math.inf) for ratio, *_ in bench]
-    far = [(ratio + 0.05, ratio, math.inf) for ratio, *_ in bench]
+    near = [(ratio + 0.015, low + 0.015, high + 0.015) for ratio, low, high in bench]
+    far = [(ratio + 0.03, low + 0.03, high + 0.03) for ratio, low, high in bench]
     assert compared((8, 1), list(zip(bench, near, strict=True)))["agree"]
     assert not compared((8, 1), list(zip(bench, far, strict=True)))["agree"]
     assert not compared((8, 1), list(zip(far, bench, strict=True)))["agree"]
+    far[3] = (1.0, 0.0, math.inf)  # One that says nothing does not change that.
+    assert not compared((8, 1), list(zip(bench, far, strict=True)))["agree"]
 
 
 def test_what_is_needed_grows_with_rank_rows_and_adapters() -> None:
