@@ -22,7 +22,7 @@ from lorafold_adapters.made_up import made_up, plain_only
 from lorafold_adapters.overhead import Cell, Overhead
 
 log = structlog.get_logger(__name__)
-SHARE = 0.015
+SHARE = 0.01
 """Of the engine's time that measuring takes while there are requests."""
 BURST = 16
 """Pairs after which others are told how far it is."""
